@@ -1,0 +1,3 @@
+# placeholder: written out with packaging
+setup:
+	@true

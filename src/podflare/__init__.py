@@ -1,0 +1,1 @@
+"""Self-hosted sandboxes for AI agents."""

@@ -1,0 +1,1 @@
+"""Engines make machines.  They know nothing of cells."""

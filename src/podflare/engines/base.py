@@ -1,0 +1,159 @@
+"""What an engine owes the host: machines with a byte channel to a guest, limits, walls, an end.
+
+Knows nothing of cells, HTTP or owners.  Whoever creates a machine owns it and must `aclose` it.
+"""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, Tuple
+
+Wall = Literal[
+    "user_namespace",
+    "pid_namespace",
+    "mount_namespace",
+    "network_namespace",
+    "ipc_namespace",
+    "uts_namespace",
+    "cgroup_namespace",
+    "private_root",
+    "seccomp",
+    "no_capabilities",
+    "no_new_privileges",
+    "separate_uid",
+    "memory_limit",
+    "process_limit",
+    "cpu_limit",
+    "disk_limit",
+    "hypervisor",
+]
+"""One barrier or limit between a sandbox and the rest.  docs/security-model.md says what each stops."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one machine may use.  Applied before any user code runs."""
+
+    memory_bytes: int
+    disk_bytes: int
+    max_processes: int = 512
+    cpu_weight: int = 100
+
+
+@dataclass(frozen=True)
+class MachineSpec:
+    """What to start."""
+
+    template: str
+    limits: Limits
+    hostname: str = "sandbox"
+
+
+@dataclass(frozen=True)
+class WallStatus:
+    """Whether this machine (the computer) can put up a wall, and what to do if not."""
+
+    wall: Wall
+    available: bool
+    detail: str = ""
+    """Why not and how to get it; or by which means it is there."""
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """Answer of `Engine.probe`: for `podflare doctor` and the daemon's start."""
+
+    engine: str
+    usable: bool
+    walls: Tuple[WallStatus, ...]
+    problem: str = ""
+    """With usable False: what is missing and what to do, one line."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a machine uses now."""
+
+    memory_bytes: int = 0
+    processes: int = 0
+    disk_bytes: int = 0
+    oom_kills: int = 0
+    """How often the kernel ended a process of this machine for memory, since its start."""
+
+
+@dataclass(frozen=True)
+class Death:
+    """Why a machine is gone."""
+
+    reason: str
+    """One line for the user."""
+    out_of_memory: bool = False
+    out_of_disk: bool = False
+
+
+class Machine(Protocol):
+    """One isolated unit.  Owned by whoever created it; nothing of it is left once `aclose` returned."""
+
+    id: str
+    spec: MachineSpec
+    walls: Tuple[Wall, ...]
+    """The walls checked to be in force, sorted."""
+    channel: socket.socket
+    """Connected, non-blocking stream to the guest agent.  Closed by `aclose`."""
+
+    async def set_limits(self, limits: Limits) -> None:
+        """Replace the limits of the running machine.
+
+        Called by the host when a pooled machine is handed out, before user code ran.
+        Raises: MachineFailed if they could not be applied (the caller closes the machine).
+        """
+
+    async def usage(self) -> Usage:
+        """Current use.  Zeros for what this machine cannot measure; never raises for a dead machine."""
+
+    async def wait_dead(self) -> Death:
+        """Return once the machine ended by itself or by `aclose`.  Any number of waiters."""
+
+    async def aclose(self) -> None:
+        """End every process and release everything.  Idempotent; shielded from cancellation inside."""
+
+
+class Engine(Protocol):
+    """Makes machines of one kind.  One per daemon."""
+
+    name: str
+    templates: Tuple[str, ...]
+    """Names that `create` accepts."""
+
+    async def probe(self) -> EngineReport:
+        """What this computer offers, without starting anything lasting.  At most 10 s."""
+
+    async def start(self) -> None:
+        """Acquire what is shared by all machines (the zygote).
+
+        Raises: IsolationIncomplete if this computer cannot make a machine; the message says why and what to do.
+        """
+
+    async def create(self, spec: MachineSpec, *, timeout_s: float) -> Machine:
+        """A machine whose guest agent has been verified and sent its Ready frame (still unread on `channel`).
+
+        Raises: UnknownTemplate; IsolationIncomplete if a wall could not be verified; NoCapacity;
+            DeadlineExceeded after timeout_s; MachineFailed otherwise.  On any of them no machine exists.
+        If cancelled: no machine exists.
+        """
+
+    async def aclose(self) -> None:
+        """Close every machine, then what `start` acquired.  Idempotent."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What every engine is told by the composition root."""
+
+    data_dir: str
+    """A directory of this daemon alone; the engine owns `machines/` in it."""
+    instance: str
+    """Unique name of this daemon life, for names of cgroups and the like."""
+    require: Tuple[Wall, ...] = field(default=())
+    """Walls whose absence makes `start` and `create` fail."""

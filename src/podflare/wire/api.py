@@ -1,0 +1,99 @@
+"""HTTP bodies as frozen dataclasses, with their decoders (spec part A) and every limit on them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Dict, Mapping, Optional, Tuple
+
+from podflare.errors import BadRequest
+from podflare.wire.codec import Fields
+from podflare.wire.messages import LANGUAGES, MAX_CODE_CHARS
+
+DEFAULT_TEMPLATE = "default"
+DEFAULT_RAM_MIB = 1024
+DEFAULT_ROOTFS_GB = 4
+MAX_BODY_BYTES = 32 * 1024 * 1024
+"""Cap of a JSON request body: MAX_CODE_CHARS characters, escaped."""
+MAX_LIFETIME_S = 366 * 86400
+MAX_METADATA_ITEMS = 32
+
+
+@dataclass(frozen=True)
+class CreateRequest:
+    """Body of POST /v1/sandboxes.  None means the daemon's default."""
+
+    template: str = DEFAULT_TEMPLATE
+    timeout_seconds: Optional[int] = None
+    idle_timeout_seconds: Optional[int] = None
+    ram_mib: int = DEFAULT_RAM_MIB
+    rootfs_gb: int = DEFAULT_ROOTFS_GB
+    persistent: bool = False
+    egress: Optional[bool] = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, body: Dict[str, Any]) -> "CreateRequest":
+        """Raises: BadRequest that names the key and what it must be.  Unknown keys are ignored (newer clients)."""
+        read = Fields(body, error=BadRequest, what="create request")
+        return cls(
+            template=read.text("template", max_chars=128, default=DEFAULT_TEMPLATE) or DEFAULT_TEMPLATE,
+            timeout_seconds=read.optional_integer("timeout_seconds", low=1, high=MAX_LIFETIME_S),
+            idle_timeout_seconds=read.optional_integer("idle_timeout_seconds", low=1, high=MAX_LIFETIME_S),
+            ram_mib=read.integer("ram_mib", low=64, high=1024 * 1024, default=DEFAULT_RAM_MIB),
+            rootfs_gb=read.integer("rootfs_gb", low=1, high=4096, default=DEFAULT_ROOTFS_GB),
+            persistent=read.flag("persistent", default=False),
+            egress=None if body.get("egress") is None else read.flag("egress", default=False),
+            metadata=read.text_map("metadata", max_items=MAX_METADATA_ITEMS, max_chars=1024),
+        )
+
+
+@dataclass(frozen=True)
+class ExecRequest:
+    """Body of POST /v1/sandboxes/{id}/exec."""
+
+    code: str
+    language: str = "python"
+    timeout_seconds: Optional[float] = None
+
+    @classmethod
+    def from_json(cls, body: Dict[str, Any]) -> "ExecRequest":
+        """Raises: BadRequest that names the key and what it must be."""
+        read = Fields(body, error=BadRequest, what="exec request")
+        language = read.text("language", max_chars=32, default="python")
+        if language not in LANGUAGES:
+            raise read.fail("language", "one of " + ", ".join(LANGUAGES))
+        return cls(
+            code=read.text("code", max_chars=MAX_CODE_CHARS),
+            language=language,
+            timeout_seconds=read.optional_number("timeout_seconds", low=0.001, high=MAX_LIFETIME_S),
+        )
+
+
+@dataclass(frozen=True)
+class SandboxInfo:
+    """Answer of create, get and list.  Effective values, never the requested ones."""
+
+    id: str
+    state: str
+    template: str
+    engine: str
+    isolation: Tuple[str, ...]
+    """The walls in force, names from engines.base.Wall."""
+    egress: bool
+    ram_mib: int
+    rootfs_gb: int
+    timeout_seconds: Optional[int]
+    idle_timeout_seconds: Optional[int]
+    persistent: bool
+    created_at_ms: int
+    metadata: Mapping[str, str]
+    warnings: Tuple[str, ...] = ()
+    """What was asked for and is not given, in plain words; empty when all was given."""
+
+    def to_json(self) -> Dict[str, Any]:
+        return asdict(self)
+
+
+def error_body(code: str, message: str) -> Dict[str, Any]:
+    """The body of every non-2xx answer: `error` as the real client's users know it, `code` for ours."""
+    return {"error": message, "code": code}
