@@ -1,0 +1,194 @@
+"""The kernel calls that Python's standard library does not have.  The only ctypes of the project.
+
+Every function raises OSError with errno and the names of what it was given.  Nothing here decides anything.
+Linux on x86_64 and aarch64; Python 3.9.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import struct
+from typing import Iterable, Optional
+
+CLONE_NEWNS = 0x00020000
+CLONE_NEWCGROUP = 0x02000000
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+
+MS_RDONLY = 0x1
+MS_NOSUID = 0x2
+MS_NODEV = 0x4
+MS_NOEXEC = 0x8
+MS_REMOUNT = 0x20
+MS_BIND = 0x1000
+MS_REC = 0x4000
+MS_PRIVATE = 1 << 18
+MNT_DETACH = 2
+
+CAP_LAST = 63
+"""Bits above the kernel's last capability answer EINVAL, which is how the end is found."""
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_DUMPABLE = 4
+_PR_CAPBSET_DROP = 24
+_PR_SET_SECUREBITS = 28
+_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_NO_NEW_PRIVS = 38
+_PR_CAP_AMBIENT = 47
+_PR_CAP_AMBIENT_CLEAR_ALL = 4
+
+# SECBIT_NOROOT, NO_SETUID_FIXUP, KEEP_CAPS off but locked, NO_CAP_AMBIENT_RAISE; each with its lock bit.
+_SECUREBITS_LOCKED = 0b11101111 & ~0b00010000
+
+_NUMBERS = {
+    #                x86_64, aarch64
+    "pivot_root": (155, 41),
+    "capget": (125, 90),
+    "capset": (126, 91),
+    "seccomp": (317, 277),
+    "open_tree": (428, 428),
+    "move_mount": (429, 429),
+    "mount_setattr": (442, 442),
+}
+_COLUMN = {"x86_64": 0, "aarch64": 1}.get(platform.machine(), 0)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+
+def _check(result: int, what: str) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+    return result
+
+
+def _syscall(name: str, *args: object) -> int:
+    return _check(_libc.syscall(ctypes.c_long(_NUMBERS[name][_COLUMN]), *args), name)
+
+
+def _path(path: Optional[str]) -> Optional[bytes]:
+    return None if path is None else os.fsencode(path)
+
+
+def unshare(flags: int) -> None:
+    """Move the caller (its future children, for CLONE_NEWPID) into new namespaces."""
+    _check(_libc.unshare(ctypes.c_int(flags)), f"unshare({flags:#x})")
+
+
+def setns(fd: int, kind: int) -> None:
+    """Move the caller into the namespace behind `fd`."""
+    _check(_libc.setns(ctypes.c_int(fd), ctypes.c_int(kind)), f"setns({kind:#x})")
+
+
+def mount(source: Optional[str], target: str, fstype: Optional[str], flags: int = 0, data: str = "") -> None:
+    result = _libc.mount(
+        _path(source), _path(target), _path(fstype), ctypes.c_ulong(flags), _path(data) if data else None
+    )
+    _check(result, f"mount {fstype or 'bind'} {source} on {target} ({data})")
+
+
+def umount(target: str, flags: int = 0) -> None:
+    _check(_libc.umount2(_path(target), ctypes.c_int(flags)), f"umount {target}")
+
+
+def pivot_root(new_root: str, put_old: str) -> None:
+    _syscall("pivot_root", _path(new_root), _path(put_old))
+
+
+def clone_mount_idmapped(path: str, user_ns_fd: int, recursive: bool = False) -> int:
+    """An fd of a detached, read-only copy of the mount at `path` whose owners are seen through a user namespace.
+
+    Needs CAP_SYS_ADMIN over the file system (root).  Raises: OSError (EINVAL, ENOSYS, EPERM) where the kernel or
+    the file system cannot map ids (mount_setattr(2)).
+    """
+    flags = 1 | os.O_CLOEXEC | (0x8000 if recursive else 0)  # OPEN_TREE_CLONE, AT_RECURSIVE
+    fd = _syscall("open_tree", ctypes.c_int(-100), _path(path), ctypes.c_uint(flags))
+    try:
+        # struct mount_attr: attr_set, attr_clr, propagation, userns_fd.  MOUNT_ATTR_IDMAP | NOSUID | NODEV | RDONLY
+        attr = struct.pack("QQQQ", 0x00100000 | 0x2 | 0x4 | 0x1, 0, MS_PRIVATE, user_ns_fd)
+        at_flags = 0x1000 | (0x8000 if recursive else 0)  # AT_EMPTY_PATH, AT_RECURSIVE
+        _syscall("mount_setattr", ctypes.c_int(fd), b"", ctypes.c_uint(at_flags), attr, ctypes.c_size_t(len(attr)))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def attach_mount(fd: int, target: str) -> None:
+    """Put the detached mount `fd` on `target`."""
+    _syscall("move_mount", ctypes.c_int(fd), b"", ctypes.c_int(-100), _path(target), ctypes.c_uint(0x4))
+
+
+def _prctl(option: int, *args: int) -> int:
+    words = [ctypes.c_ulong(value) for value in (*args, 0, 0, 0, 0)[:4]]
+    return _check(_libc.prctl(ctypes.c_int(option), *words), f"prctl({option})")
+
+
+def set_child_subreaper() -> None:
+    """Orphaned descendants become children of this process, so that it can reap and end them."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def set_parent_death_signal(signal_number: int) -> None:
+    """Be sent this signal when the parent *thread* ends.  Cleared by the kernel on a change of credentials."""
+    _prctl(_PR_SET_PDEATHSIG, signal_number)
+
+
+def set_dumpable(dumpable: bool) -> None:
+    """Not dumpable: /proc/<pid> of this process belongs to root of the initial namespace, nobody may attach."""
+    _prctl(_PR_SET_DUMPABLE, int(dumpable))
+
+
+def set_no_new_privs() -> None:
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+
+def lock_secure_bits() -> None:
+    """From now on user id 0 means no capability, for this process and all after it.  Needs CAP_SETPCAP."""
+    _prctl(_PR_SET_SECUREBITS, _SECUREBITS_LOCKED)
+
+
+def empty_bounding_set(keep: Iterable[int] = ()) -> None:
+    """Drop every capability but `keep` from the bounding set.  Needs CAP_SETPCAP."""
+    kept = frozenset(keep)
+    for cap in range(CAP_LAST + 1):
+        if cap in kept:
+            continue
+        try:
+            _prctl(_PR_CAPBSET_DROP, cap)
+        except OSError as exc:
+            if exc.errno == 22 and cap > 0:  # EINVAL: above the last capability of this kernel
+                return
+            raise
+
+
+def set_capabilities(permitted: Iterable[int] = ()) -> None:
+    """Permitted and effective set become exactly `permitted`, inheritable and ambient empty."""
+    _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+    mask = 0
+    for cap in permitted:
+        mask |= 1 << cap
+    low, high = mask & 0xFFFFFFFF, mask >> 32
+    header = struct.pack("II", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3
+    data = struct.pack("IIIIII", low, low, 0, high, high, 0)
+    _syscall("capset", header, data)
+
+
+def load_seccomp_filter(program: bytes) -> None:
+    """Install a compiled BPF program (array of struct sock_filter) for this process and all its children.
+
+    Needs no_new_privs.  Raises: OSError if the kernel refuses the program; ValueError if it is not one.
+    """
+    count, rest = divmod(len(program), 8)
+    if rest or not 0 < count <= 4096:
+        raise ValueError(f"not a BPF program: {len(program)} bytes")
+    buffer = ctypes.create_string_buffer(program, len(program))
+    # struct sock_fprog { unsigned short len; struct sock_filter *filter; } with native padding
+    fprog = struct.pack("H6xP", count, ctypes.addressof(buffer))
+    _syscall("seccomp", ctypes.c_uint(1), ctypes.c_uint(0), fprog)  # SECCOMP_SET_MODE_FILTER
