@@ -1,3 +1,52 @@
-# placeholder: written out with packaging
-setup:
-	@true
+# Everything a developer or a newcomer runs.  Each target sets up what it needs; `make help` lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+PY := .venv/bin/python
+# As another user than the checkout's owner there is nowhere to keep pytest's cache.
+PYTEST := $(PY) -m pytest $(shell test -w . || echo -p no:cacheprovider)
+TESTS ?= tests
+ARGS ?=
+
+.PHONY: help setup demo test test-unit check format docs bench soak lock clean
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## make .venv with every extra (quick when nothing changed)
+	@scripts/setup.sh
+
+demo: setup ## an agent works in a sandbox over several turns
+	@$(PY) -m podflare demo $(ARGS)
+
+test: ## set up and run every test but the soak ones
+	@scripts/setup.sh --real-client
+	$(PYTEST) -m "not soak" $(TESTS) $(ARGS)
+
+test-unit: setup ## the tests that need no kernel feature: unit and contract
+	$(PYTEST) -m "not soak" tests/unit tests/contract $(ARGS)
+
+check: setup ## format, lint, types, imports, stale files, links
+	@$(PY) scripts/check.py
+
+format: setup ## let ruff format and fix the code
+	$(PY) -m ruff format src tests scripts benchmarks
+	$(PY) -m ruff check --fix src tests scripts benchmarks
+
+docs: setup ## write the generated pages anew (docs/cli.md)
+	$(PY) scripts/cli_reference.py
+
+bench: setup ## the numbers of SPEC.md: table and JSON (ARGS=--full for the long ones)
+	$(PY) -m benchmarks.run $(ARGS)
+
+soak: setup ## the long tests
+	$(PYTEST) -m soak --timeout 3600 $(TESTS) $(ARGS)
+
+lock: setup ## pin the newest versions in requirements/*.lock
+	scripts/lock.sh
+
+clean: ## remove environments, caches and results
+	rm -rf .venv .venv-client .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache
+	rm -rf benchmarks/results dist build
+	find src tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
