@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import socket
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, Tuple
+from typing import Literal, Protocol
 
 Wall = Literal[
     "user_namespace",
@@ -66,7 +66,7 @@ class EngineReport:
 
     engine: str
     usable: bool
-    walls: Tuple[WallStatus, ...]
+    walls: tuple[WallStatus, ...]
     problem: str = ""
     """With usable False: what is missing and what to do, one line."""
 
@@ -97,7 +97,7 @@ class Machine(Protocol):
 
     id: str
     spec: MachineSpec
-    walls: Tuple[Wall, ...]
+    walls: tuple[Wall, ...]
     """The walls checked to be in force, sorted."""
     channel: socket.socket
     """Connected, non-blocking stream to the guest agent.  Closed by `aclose`."""
@@ -123,7 +123,7 @@ class Engine(Protocol):
     """Makes machines of one kind.  One per daemon."""
 
     name: str
-    templates: Tuple[str, ...]
+    templates: tuple[str, ...]
     """Names that `create` accepts."""
 
     async def probe(self) -> EngineReport:
@@ -155,5 +155,5 @@ class EngineOptions:
     """A directory of this daemon alone; the engine owns `machines/` in it."""
     instance: str
     """Unique name of this daemon life, for names of cgroups and the like."""
-    require: Tuple[Wall, ...] = field(default=())
+    require: tuple[Wall, ...] = field(default=())
     """Walls whose absence makes `start` and `create` fail."""

@@ -102,5 +102,7 @@ class Fields:
         if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
             raise self.fail(key, "an object of strings")
         if len(value) > max_items or any(len(k) + len(v) > max_chars for k, v in value.items()):
-            raise self._error(f"{self._what}: {key!r} is too large (caps: {max_items} items, {max_chars} characters each)")
+            raise self._error(
+                f"{self._what}: {key!r} is too large (caps: {max_items} items, {max_chars} characters each)"
+            )
         return value

@@ -7,7 +7,7 @@ encoders and decoders.  The host treats everything that `from_guest` reads as ho
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Dict, Optional, Tuple, Type, Union
+from typing import Any, Callable, ClassVar, Dict, Optional, Tuple, Type, Union
 
 from podflare.errors import ProtocolError
 from podflare.wire.codec import Fields, decode_object, encode_object
@@ -62,7 +62,7 @@ class Kill:
 
 @dataclass(frozen=True)
 class FileWrite:
-    """Host: DATA frames follow on this channel, then DataEnd.  Guest acknowledges with Ack, answers FileDone/FileFailed.
+    """Host: DATA frames follow on this channel, then DataEnd.  Guest sends Acks, then FileDone or FileFailed.
 
     The content appears under `path` whole or not at all (temporary file beside it, then rename).
     """
@@ -243,7 +243,7 @@ def _path(read: Fields) -> str:
     return path
 
 
-_READERS: Dict[str, Any] = {
+_READERS: Dict[str, Callable[[Fields], Message]] = {
     "exec": _exec,
     "interrupt": lambda read: Interrupt(),
     "kill": lambda read: Kill(),
