@@ -3,6 +3,7 @@
 PodflareError
 ├── BadRequest               the request itself is wrong; the same request will fail again
 │   ├── UnknownTemplate
+│   ├── UnknownRegionError   a region name that the configuration does not know
 │   └── FileAccessError      a path in a sandbox could not be read or written
 │       └── FileMissing
 ├── Unauthorized             no API key, or one the daemon does not know
@@ -18,7 +19,10 @@ PodflareError
 ├── DeadlineExceeded         no answer in time
 ├── ProtocolError            a peer (often a hostile guest) sent bytes that break the protocol
 ├── DaemonUnreachable        the SDK could not connect to the daemon
+├── ConnectionLost           the daemon went away before its answer was complete: outcome unknown
 └── DaemonStartFailed        the SDK could not start its private daemon
+
+PodflareWarning              (a UserWarning, not an error) something asked for is not given
 
 `code` travels on the wire and never changes; match on it or on the class, never on the text.
 """
@@ -52,6 +56,10 @@ class BadRequest(PodflareError, ValueError):
 
 class UnknownTemplate(BadRequest):
     code = "unknown_template"
+
+
+class UnknownRegionError(BadRequest):
+    code = "unknown_region"
 
 
 class FileAccessError(BadRequest, OSError):
@@ -166,10 +174,25 @@ class DaemonUnreachable(PodflareError, ConnectionError):
         return str(self.args[0]) if self.args else ""
 
 
+class ConnectionLost(PodflareError, ConnectionError):
+    code = "connection_lost"
+    status = 502
+
+    def __init__(self, message: str = "") -> None:  # as in FileAccessError
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
 class DaemonStartFailed(PodflareError, RuntimeError):
     code = "daemon_start_failed"
     status = 502
     retry_safe = True
+
+
+class PodflareWarning(UserWarning):
+    """The daemon gives less than was asked for; the text says what."""
 
 
 def _tree(cls: Type[PodflareError]) -> Iterator[Type[PodflareError]]:
