@@ -7,6 +7,7 @@ PodflareError
 │   └── FileAccessError      a path in a sandbox could not be read or written
 │       └── FileMissing
 ├── Unauthorized             no API key, or one the daemon does not know
+├── Forbidden                the daemon refuses this kind of peer (a web page of another origin)
 ├── SandboxNotFound          no such sandbox for this key (never made, closed, expired)
 ├── CellNotFound             no kept output under this cell id
 ├── Conflict                 the sandbox is in a state that does not allow this
@@ -85,6 +86,19 @@ class Unauthorized(PodflareError):
     status = 401
     fault = "caller"
     retry_safe = True
+
+
+class Forbidden(PodflareError, PermissionError):
+    code = "forbidden"
+    status = 403
+    fault = "caller"
+    retry_safe = True
+
+    def __init__(self, message: str = "") -> None:  # as in FileAccessError
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
 
 
 class SandboxNotFound(PodflareError, LookupError):
