@@ -43,7 +43,7 @@ _PR_CAP_AMBIENT = 47
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
 
 # SECBIT_NOROOT, NO_SETUID_FIXUP, KEEP_CAPS off but locked, NO_CAP_AMBIENT_RAISE; each with its lock bit.
-_SECUREBITS_LOCKED = 0b11101111 & ~0b00010000
+_SECUREBITS_LOCKED = 0b11101111
 
 _NUMBERS = {
     #                x86_64, aarch64
@@ -101,18 +101,23 @@ def pivot_root(new_root: str, put_old: str) -> None:
     _syscall("pivot_root", _path(new_root), _path(put_old))
 
 
-def clone_mount_idmapped(path: str, user_ns_fd: int, recursive: bool = False) -> int:
-    """An fd of a detached, read-only copy of the mount at `path` whose owners are seen through a user namespace.
+def clone_mount(path: str, *, id_map_fd: Optional[int], recursive: bool) -> int:
+    """An fd of a detached, read-only, nosuid, nodev copy of the mount at `path`; put somewhere by `attach_mount`.
 
-    Needs CAP_SYS_ADMIN over the file system (root).  Raises: OSError (EINVAL, ENOSYS, EPERM) where the kernel or
-    the file system cannot map ids (mount_setattr(2)).
+    Args:
+        id_map_fd: a user namespace through which the owners of files are seen, or None.
+        recursive: with the mounts below it.
+    Raises: OSError; EINVAL, ENOSYS or EPERM where kernel or file system cannot map ids (mount_setattr(2)).
     """
-    flags = 1 | os.O_CLOEXEC | (0x8000 if recursive else 0)  # OPEN_TREE_CLONE, AT_RECURSIVE
+    at_recursive = 0x8000 if recursive else 0
+    open_tree_clone = 1
+    flags = open_tree_clone | os.O_CLOEXEC | at_recursive
     fd = _syscall("open_tree", ctypes.c_int(-100), _path(path), ctypes.c_uint(flags))
     try:
-        # struct mount_attr: attr_set, attr_clr, propagation, userns_fd.  MOUNT_ATTR_IDMAP | NOSUID | NODEV | RDONLY
-        attr = struct.pack("QQQQ", 0x00100000 | 0x2 | 0x4 | 0x1, 0, MS_PRIVATE, user_ns_fd)
-        at_flags = 0x1000 | (0x8000 if recursive else 0)  # AT_EMPTY_PATH, AT_RECURSIVE
+        set_flags = 0x1 | 0x2 | 0x4 | (0 if id_map_fd is None else 0x00100000)  # RDONLY, NOSUID, NODEV, IDMAP
+        # struct mount_attr { u64 attr_set, attr_clr, propagation, userns_fd }
+        attr = struct.pack("QQQQ", set_flags, 0, MS_PRIVATE, id_map_fd or 0)
+        at_flags = 0x1000 | at_recursive  # AT_EMPTY_PATH
         _syscall("mount_setattr", ctypes.c_int(fd), b"", ctypes.c_uint(at_flags), attr, ctypes.c_size_t(len(attr)))
     except BaseException:
         os.close(fd)

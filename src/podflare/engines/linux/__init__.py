@@ -1,0 +1,1 @@
+"""Host kernel powers that both engines use."""

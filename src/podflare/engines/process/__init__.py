@@ -1,0 +1,1 @@
+"""Sandboxes from Linux namespaces and kernel fork."""

@@ -1,0 +1,72 @@
+"""The look from outside: is this process confined as planned?  Reads only what the kernel says of it.
+
+A machine is handed out after this check and never without it (design: fail closed).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from podflare.engines.base import Wall
+from podflare.engines.linux.cgroups import Cgroup
+from podflare.errors import IsolationIncomplete
+
+_NAMESPACES: dict[str, Wall] = {
+    "user": "user_namespace",
+    "pid": "pid_namespace",
+    "mnt": "mount_namespace",
+    "net": "network_namespace",
+    "ipc": "ipc_namespace",
+    "uts": "uts_namespace",
+    "cgroup": "cgroup_namespace",
+}
+
+
+def check_confinement(pid: int, *, filters: int, root: bool, cgroup: Cgroup | None) -> tuple[Wall, ...]:
+    """The walls around process `pid`, an agent that waits to be let go.
+
+    Args:
+        filters: seccomp programs that must be loaded.
+        root: the daemon is root, so the agent must have another user id.
+        cgroup: the control group that must hold it.
+    Raises: IsolationIncomplete with every wall that is missing.
+    """
+    status = _status(pid)
+    missing: list[str] = []
+    walls: list[Wall] = []
+
+    def demand(wall: Wall, holds: bool, found: str) -> None:
+        (walls.append(wall) if holds else missing.append(f"{wall} ({found})"))
+
+    for name, wall in _NAMESPACES.items():
+        ours, theirs = os.readlink(f"/proc/self/ns/{name}"), os.readlink(f"/proc/{pid}/ns/{name}")
+        demand(wall, ours != theirs, f"{name} namespace is the daemon's")
+    sets = {key: status.get(key, "?") for key in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")}
+    demand("no_capabilities", all(int(value, 16) == 0 for value in sets.values()), str(sets))
+    demand("no_new_privileges", status.get("NoNewPrivs") == "1", "NoNewPrivs is off")
+    loaded = (status.get("Seccomp"), status.get("Seccomp_filters", str(filters)))
+    demand("seccomp", loaded == ("2", str(filters)), f"mode and filters are {loaded}")
+    demand("private_root", _root_is_overlay(pid), "the root directory is not an overlay")
+    if root:
+        uids = status.get("Uid", "0").split()
+        demand("separate_uid", "0" not in uids, f"user ids {uids}")
+    if cgroup is not None and not cgroup.holds(pid):
+        missing.append("control group (the agent is not in it)")
+    if missing:
+        raise IsolationIncomplete(f"the machine was not confined as planned and is not used: {'; '.join(missing)}")
+    return tuple(walls)
+
+
+def _status(pid: int) -> dict[str, str]:
+    rows = (line.partition(":") for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return {key: value.strip() for key, _, value in rows}
+
+
+def _root_is_overlay(pid: int) -> bool:
+    """proc_pid_mountinfo(5): the mount whose mount point is / must be ours."""
+    for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines():
+        fields, _, rest = line.partition(" - ")
+        if fields.split()[4] == "/":
+            return rest.split()[0] == "overlay"
+    return False

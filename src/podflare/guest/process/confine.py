@@ -1,0 +1,105 @@
+"""From a fresh set of namespaces to a confined agent: the order of the steps is the design.
+
+Runs in the future pid 1 of a machine, which is root of the machine's user namespace and nothing outside.
+Each step says which privilege it still needs; the last ones give all of them away for good.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import resource
+import socket
+import struct
+import uuid
+
+from podflare.guest import syscalls as sc
+from podflare.wire.plan import MachinePlan, StagePlan
+
+_NEW = "/new"
+_NO_SPECIAL = sc.MS_NOSUID | sc.MS_NODEV
+_MASKED_FILES = ("kcore", "keys", "timer_list", "sched_debug", "latency_stats", "kpagecount", "kpageflags")
+_MASKED_DIRS = ("acpi", "scsi")
+_READ_ONLY = ("bus", "fs", "irq", "sys", "sysrq-trigger")
+
+
+def enter_root(stage: StagePlan, plan: MachinePlan) -> None:
+    """Mount the machine's root directory and make it the root.  Needs CAP_SYS_ADMIN over the mount namespace.
+
+    Raises: OSError that names the mount; the caller exits, and its namespaces go with it.
+    """
+    layers = f"/machines/{plan.id}"
+    _overlay("/skel", f"{layers}/root", _NEW)
+    for number, tree in enumerate(stage.trees):
+        lower, target = f"/lower/{number}", _NEW + tree.target
+        if tree.writable:
+            _overlay(lower, f"{layers}/tree{number}", target)
+        else:
+            sc.mount(lower, target, None, sc.MS_BIND | sc.MS_REC)
+    for path in stage.hide:
+        sc.mount("/empty", _NEW + path, None, sc.MS_BIND)
+    sc.mount("/dev", f"{_NEW}/dev", None, sc.MS_BIND | sc.MS_REC)
+    pts_options = "newinstance,ptmxmode=0666,mode=620"
+    sc.mount("devpts", f"{_NEW}/dev/pts", "devpts", sc.MS_NOSUID | sc.MS_NOEXEC, pts_options)
+    sc.mount("shm", f"{_NEW}/dev/shm", "tmpfs", _NO_SPECIAL, f"mode=1777,size={plan.shm_bytes}")
+    _mount_proc(f"{_NEW}/proc")
+    os.chdir(_NEW)
+    sc.pivot_root(".", ".")
+    sc.umount(".", sc.MNT_DETACH)  # the stage: from here on nothing of the computer is left but the trees
+    os.chdir(plan.home)
+
+
+def _overlay(lower: str, layer: str, target: str) -> None:
+    upper, work = f"{layer}/upper", f"{layer}/work"
+    os.makedirs(upper, 0o755)
+    os.mkdir(work)
+    # userxattr: in a user namespace overlayfs may only keep its marks in user.* attributes (kernel docs, overlayfs).
+    sc.mount("overlay", target, "overlay", _NO_SPECIAL, f"lowerdir={lower},upperdir={upper},workdir={work},userxattr")
+
+
+def _mount_proc(proc: str) -> None:
+    # Shows only the pid namespace of the caller, who must therefore be inside it already.
+    sc.mount("proc", proc, "proc", _NO_SPECIAL | sc.MS_NOEXEC)
+    # Ports below 1024 are worth nothing in a network of one's own, and servers expect to bind 80.
+    with open(f"{proc}/sys/net/ipv4/ip_unprivileged_port_start", "w") as file:
+        file.write("0")
+    for name in _MASKED_FILES:
+        if os.path.exists(f"{proc}/{name}"):
+            sc.mount("/dev/null", f"{proc}/{name}", None, sc.MS_BIND)
+    for name in _MASKED_DIRS:
+        if os.path.isdir(f"{proc}/{name}"):
+            sc.mount("/empty", f"{proc}/{name}", None, sc.MS_BIND)
+    for name in _READ_ONLY:
+        path = f"{proc}/{name}"
+        if os.path.exists(path):
+            sc.mount(path, path, None, sc.MS_BIND)
+            sc.mount(None, path, None, sc.MS_REMOUNT | sc.MS_BIND | sc.MS_RDONLY | _NO_SPECIAL | sc.MS_NOEXEC)
+
+
+def set_identity(plan: MachinePlan) -> None:
+    """Host name, machine id, loopback.  Needs CAP_SYS_ADMIN (uts) and CAP_NET_ADMIN (net) in the user namespace."""
+    socket.sethostname(plan.hostname)
+    with open("/etc/machine-id", "w") as file:
+        file.write(uuid.uuid4().hex + "\n")
+    up_and_running = 0x1 | 0x40
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        fcntl.ioctl(sock, 0x8914, struct.pack("16sH14x", b"lo", up_and_running))  # SIOCSIFFLAGS
+
+
+def give_up_privileges(plan: MachinePlan) -> None:
+    """The last step before the agent: no capability, now or by any exec, and only the allowed system calls."""
+    for kind, limit in plan.rlimits:
+        lower_rlimit(kind, limit)
+    sc.lock_secure_bits()  # needs CAP_SETPCAP: must come before the sets are emptied
+    sc.empty_bounding_set()  # likewise
+    sc.set_capabilities(())
+    sc.set_no_new_privs()
+    for program in plan.filters:
+        sc.load_seccomp_filter(bytes.fromhex(program))
+
+
+def lower_rlimit(kind: int, limit: int) -> None:
+    """Soft and hard limit become `limit`, or stay where they are if they already are below it."""
+    _, hard = resource.getrlimit(kind)
+    value = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    resource.setrlimit(kind, (value, value))

@@ -1,0 +1,102 @@
+"""What the process engine orders and its zygote carries out: decided in one place, done in another.
+
+Plain data, from the daemon to its own trusted processes; user code never sees or writes it.  Travels as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Dict, Optional, Tuple
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A directory of the computer that every machine sees at `target`."""
+
+    source: str
+    target: str
+    writable: bool
+    """True: each machine gets a private overlay on it.  False: read-only bind mount, because the owners of its
+    files have no id inside the machine (an ordinary user's daemon over root's files)."""
+    map_ids: bool
+    """Show root's files as the machine's root (idmapped mount).  Only a root daemon can."""
+
+
+@dataclass(frozen=True)
+class SkeletonEntry:
+    """One entry of the read-only layer below every machine's root: exactly one of the last three, or a directory."""
+
+    path: str
+    mode: int = 0o755
+    text: Optional[str] = None
+    copy_of: Optional[str] = None
+    link_to: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class IdMap:
+    """Ids of a machine's user namespace: inside 0..count-1 are `first`.. as its parent namespace sees them."""
+
+    first: int
+    count: int
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """The zygote's own root: all of the computer that machines may ever see, and nothing else."""
+
+    own_user_namespace: bool
+    """An ordinary user's zygote first makes itself root of a user namespace."""
+    stage_dir: str
+    """An empty directory to mount the stage on."""
+    machines_dir: str
+    ids: IdMap
+    trees: Tuple[Tree, ...]
+    skeleton: Tuple[SkeletonEntry, ...]
+    hide: Tuple[str, ...]
+    """Directories inside the machine that are covered by an empty one."""
+    devices: Tuple[str, ...]
+    preload: Tuple[str, ...]
+    environment: Tuple[Tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class MachinePlan:
+    """One machine."""
+
+    id: str
+    """Name of its directory below machines_dir."""
+    hostname: str
+    rlimits: Tuple[Tuple[int, int], ...]
+    """(resource, limit), soft and hard alike, for the agent and all below it."""
+    repl_rlimits: Tuple[Tuple[int, int], ...]
+    """The same for the REPL and all below it only."""
+    shm_bytes: int
+    filters: Tuple[str, ...]
+    """Compiled seccomp programs, hexadecimal, loaded in this order."""
+    home: str = "/root"
+
+
+def stage_to_json(plan: StagePlan) -> bytes:
+    return json.dumps(asdict(plan)).encode()
+
+
+def stage_from_json(data: bytes) -> StagePlan:
+    body: Dict[str, Any] = json.loads(data)
+    body["ids"] = IdMap(**body["ids"])
+    body["trees"] = tuple(Tree(**tree) for tree in body["trees"])
+    body["skeleton"] = tuple(SkeletonEntry(**entry) for entry in body["skeleton"])
+    body["environment"] = tuple((name, value) for name, value in body["environment"])
+    return StagePlan(**body)
+
+
+def machine_to_json(plan: MachinePlan) -> bytes:
+    return json.dumps(asdict(plan)).encode()
+
+
+def machine_from_json(data: bytes) -> MachinePlan:
+    body: Dict[str, Any] = json.loads(data)
+    body["rlimits"] = tuple((resource, limit) for resource, limit in body["rlimits"])
+    body["repl_rlimits"] = tuple((resource, limit) for resource, limit in body["repl_rlimits"])
+    return MachinePlan(**body)
