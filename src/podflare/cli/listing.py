@@ -1,0 +1,59 @@
+"""`podflare ls`: the sandboxes of a daemon."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import typer
+from rich.table import Table
+
+from podflare.cli.daemon import HOST
+from podflare.cli.terminal import console, one_line
+
+_COLUMNS = ("id", "state", "template", "engine", "memory", "age", "metadata")
+
+
+def ls(
+    host: str | None = HOST, as_json: bool = typer.Option(False, "--json", help="A JSON array instead of a table.")
+) -> None:
+    """List the sandboxes of the daemon that --host or the environment names.
+
+    Only your own: a daemon with API keys shows each key its sandboxes.
+    """
+    from podflare import Client
+
+    with Client(host) as client:
+        sandboxes = client.list_sandboxes()
+    if as_json:
+        print(json.dumps(sandboxes, indent=2))
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in _COLUMNS:
+        table.add_column(column)
+    for sandbox in sandboxes:
+        table.add_row(*_row(sandbox))
+    console().print(table)
+
+
+def _row(sandbox: dict[str, Any]) -> list[str]:
+    metadata = " ".join(f"{key}={value}" for key, value in sorted(sandbox.get("metadata", {}).items()))
+    age_s = max(0, int(time.time() - sandbox.get("created_at_ms", 0) / 1000))
+    texts = [
+        sandbox["id"],
+        sandbox["state"],
+        sandbox["template"],
+        sandbox["engine"],
+        f"{sandbox['ram_mib']} MiB",
+        _age(age_s),
+        metadata,
+    ]
+    return [one_line(str(text)) for text in texts]
+
+
+def _age(seconds: int) -> str:
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
+        if seconds >= size:
+            return f"{seconds // size}{unit}"
+    return f"{seconds}s"
