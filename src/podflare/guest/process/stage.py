@@ -53,6 +53,9 @@ def enter_stage(plan: StagePlan) -> None:
     # (fs/namespace.c, mount_too_revealing).
     sc.mount("/proc", f"{base}/proc", None, sc.MS_BIND | sc.MS_REC)
     sc.mount(plan.machines_dir, f"{base}/machines", None, sc.MS_BIND)
+    # All machines share it, and in an ordinary user's daemon they own it: only a read-only mount keeps it empty.
+    sc.mount(f"{base}/empty", f"{base}/empty", None, sc.MS_BIND)
+    sc.mount(None, f"{base}/empty", None, sc.MS_REMOUNT | sc.MS_BIND | sc.MS_RDONLY | sc.MS_NOSUID | sc.MS_NODEV)
     os.chdir(base)
     sc.pivot_root(".", ".")  # pivot_root(2): the old root now lies on top of the new one ...
     sc.umount(".", sc.MNT_DETACH)  # ... and goes

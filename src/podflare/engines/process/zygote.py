@@ -1,0 +1,151 @@
+"""Host side of a zygote: start it, order machines from it, end it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from podflare.engines.bundle import build_bundle
+from podflare.errors import DeadlineExceeded, IsolationIncomplete, MachineFailed
+from podflare.wire.plan import MachinePlan, StagePlan, machine_to_json, stage_to_json
+
+MAX_ANSWER_BYTES = 64 * 1024
+START_TIMEOUT_S = 60.0
+"""Includes the template's preload imports, from a cold disk."""
+ORDER_TIMEOUT_S = 20.0
+
+
+class Zygote:
+    """One zygote process.  `start` before use; `aclose` ends it, and no machine of it is touched by that."""
+
+    def __init__(self, python: str, bundle_dir: Path) -> None:
+        self._python = python
+        self._bundle_dir = bundle_dir
+        self._control: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = asyncio.Lock()
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    async def start(self, plan: StagePlan) -> None:
+        """Start the interpreter and build the stage.
+
+        Raises: IsolationIncomplete if the stage cannot be built here; the message names the step that failed.
+            If raised or cancelled nothing runs.
+        """
+        bundle = build_bundle(self._bundle_dir)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        ours.setblocking(False)
+        try:
+            with theirs:
+                # -I -S: nothing of the daemon's environment or its packages is looked at.
+                self._process = subprocess.Popen(
+                    [self._python, "-I", "-S", str(bundle), "zygote", str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    env={},
+                    cwd="/",
+                )
+            self._control = ours
+            ours.send(stage_to_json(plan))
+            answer = await self._answer(START_TIMEOUT_S)
+        except BaseException:
+            ours.close()
+            self._control = None
+            self._end()
+            raise
+        if "error" in answer:
+            await self.aclose()
+            raise IsolationIncomplete(f"the process engine could not build its stage: {answer['error']}")
+
+    async def spawn(self, plan: MachinePlan, fds: list[int]) -> int:
+        """Order one machine; the fds are its birth descriptors (guest/process/family.Fds).  Returns a pidfd, the caller's.
+
+        Raises: MachineFailed if the zygote refuses or is gone.
+        """
+        async with self._lock:
+            control = self._control
+            if control is None or not self.alive:
+                raise MachineFailed("the zygote of this template has ended; it is started again with the daemon")
+            packet = machine_to_json(plan)
+            loop = asyncio.get_running_loop()
+            # Shielded: an answer must be read by the call that ordered it, cancelled or not.
+            order = loop.create_task(self._order(control, packet, fds))
+            try:
+                return await asyncio.shield(order)
+            except asyncio.CancelledError:
+                try:
+                    os.close(await order)
+                except (MachineFailed, OSError):
+                    pass  # nothing was made: nothing to give back
+                raise
+
+    async def _order(self, control: socket.socket, packet: bytes, fds: list[int]) -> int:
+        socket.send_fds(control, [packet], fds)
+        answer = await self._answer(ORDER_TIMEOUT_S, want_fd=True)
+        if "error" in answer:
+            raise MachineFailed(f"a new machine could not be started: {answer['error']}")
+        pidfd = answer.get("pidfd")
+        if not isinstance(pidfd, int):
+            raise MachineFailed("the zygote answered without a process")
+        return pidfd
+
+    async def _answer(self, timeout_s: float, *, want_fd: bool = False) -> dict[str, Any]:
+        assert self._control is not None
+        await wait_readable(self._control, timeout_s, "the zygote did not answer")
+        data, received, _, _ = socket.recv_fds(self._control, MAX_ANSWER_BYTES, 1)
+        if not data:
+            raise MachineFailed(f"the zygote died: {self._last_words()}")
+        answer: dict[str, Any] = json.loads(data)
+        if want_fd and received:
+            os.set_inheritable(received[0], False)
+            answer["pidfd"] = received[0]
+        return answer
+
+    def _last_words(self) -> str:
+        process = self._process
+        if process is None or process.stderr is None:
+            return "no message"
+        try:
+            process.wait(2)
+        except subprocess.TimeoutExpired:
+            return "no message"
+        return process.stderr.read(4096).decode("utf-8", "replace").strip() or f"exit status {process.returncode}"
+
+    async def aclose(self) -> None:
+        """End the zygote.  Idempotent."""
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        self._end()
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.kill()  # it holds nothing that must be saved, and its namespaces go with it
+        process.wait(10)
+        if process.stderr is not None:
+            process.stderr.close()
+
+
+async def wait_readable(sock: socket.socket, timeout_s: float, what: str) -> None:
+    """Return when `sock` can be read or is at its end.  Raises: DeadlineExceeded(what) after timeout_s."""
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+    loop.add_reader(sock.fileno(), lambda: ready.done() or ready.set_result(None))
+    try:
+        await asyncio.wait_for(ready, timeout_s)
+    except asyncio.TimeoutError as exc:
+        raise DeadlineExceeded(f"{what} within {timeout_s:g} s") from exc
+    finally:
+        loop.remove_reader(sock.fileno())
