@@ -88,6 +88,8 @@ def stage_from_json(data: bytes) -> StagePlan:
     body["trees"] = tuple(Tree(**tree) for tree in body["trees"])
     body["skeleton"] = tuple(SkeletonEntry(**entry) for entry in body["skeleton"])
     body["environment"] = tuple((name, value) for name, value in body["environment"])
+    for key in ("hide", "devices", "preload"):
+        body[key] = tuple(body[key])
     return StagePlan(**body)
 
 
@@ -99,4 +101,5 @@ def machine_from_json(data: bytes) -> MachinePlan:
     body: Dict[str, Any] = json.loads(data)
     body["rlimits"] = tuple((resource, limit) for resource, limit in body["rlimits"])
     body["repl_rlimits"] = tuple((resource, limit) for resource, limit in body["repl_rlimits"])
+    body["filters"] = tuple(body["filters"])
     return MachinePlan(**body)

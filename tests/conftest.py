@@ -1,0 +1,145 @@
+"""The ladder of fixtures and the leak check that runs around every test."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+LEAK_GRACE_S = 8.0
+"""How long processes, groups and files may take to go after a test, on a busy machine."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_temp() -> Iterator[Path]:
+    """All temporary files of the session lie in one short, private directory (Unix socket paths have 107 bytes)."""
+    folder = Path(tempfile.mkdtemp(prefix="pft-", dir="/tmp"))
+    folder.chmod(0o711)  # a machine of a root daemon enters with another id
+    before = {name: os.environ.get(name) for name in ("TMPDIR", "XDG_RUNTIME_DIR", "XDG_CACHE_HOME")}
+    os.environ.update(TMPDIR=str(folder), XDG_RUNTIME_DIR=str(folder), XDG_CACHE_HOME=str(folder / "cache"))
+    for name in [key for key in os.environ if key.startswith("PODFLARE_")]:
+        del os.environ[name]
+    tempfile.tempdir = None
+    yield folder
+    for name, value in before.items():
+        os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+    tempfile.tempdir = None
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """Async tests run on asyncio, as the daemon does."""
+    return "asyncio"
+
+
+@pytest.fixture
+def data_dir(private_temp: Path) -> Iterator[Path]:
+    """A short-named directory for one daemon or engine; must be left without machines."""
+    folder = Path(tempfile.mkdtemp(prefix="d", dir=private_temp))
+    folder.chmod(0o711)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(autouse=True)
+def no_leaks(request: pytest.FixtureRequest, private_temp: Path) -> Iterator[None]:
+    """Fail a test that leaves a process, descriptor, mount, control group or temporary file behind."""
+    before = _Holdings.now(private_temp)
+    yield
+    deadline = time.monotonic() + LEAK_GRACE_S
+    while True:
+        left = _Holdings.now(private_temp).beyond(before)
+        if not left:
+            return
+        if time.monotonic() > deadline:
+            pytest.fail("left behind: " + "; ".join(left))
+        time.sleep(0.02)  # a condition with no event: other processes' ends, group removal
+
+
+class _Holdings:
+    """What this process and its descendants hold of the computer."""
+
+    def __init__(self, processes: dict[int, str], fds: dict[str, str], mounts: int, groups: set[str], files: set[str]):
+        self.processes, self.fds, self.mounts, self.groups, self.files = processes, fds, mounts, groups, files
+
+    @classmethod
+    def now(cls, temp: Path) -> _Holdings:
+        processes = _descendants()
+        return cls(
+            processes,
+            _open_files(),
+            len(Path("/proc/self/mountinfo").read_text().splitlines()),
+            _groups(processes),
+            {entry.name for entry in temp.iterdir() if not entry.name.startswith("pytest-")},
+        )
+
+    def beyond(self, before: _Holdings) -> list[str]:
+        """What is held now and was not held `before`, in words."""
+        left = [f"process {pid} ({name})" for pid, name in self.processes.items() if pid not in before.processes]
+        # Libraries keep some descriptors for life (event loops of runners, a random source): a few may stay.
+        grown = [f"{target}" for fd, target in self.fds.items() if fd not in before.fds and _is_ours(target)]
+        left += [f"descriptor of {target}" for target in grown]
+        if self.mounts > before.mounts:
+            left.append(f"{self.mounts - before.mounts} mounts")
+        left += [f"control group {name}" for name in self.groups - before.groups]
+        left += [f"file {name}" for name in self.files - before.files]
+        return left
+
+
+def _is_ours(target: str) -> bool:
+    return target.startswith(("socket:", "pipe:", "anon_inode:[pidfd", "/tmp", "/memfd")) or "podflare" in target
+
+
+def _open_files() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{fd}")
+        except OSError:
+            continue
+        found[f"{fd}:{target}"] = target
+    return found
+
+
+def _descendants() -> dict[int, str]:
+    """pid -> name of every living or unreaped process below this one."""
+    parents: dict[int, tuple[int, str]] = {}
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        try:
+            text = Path(f"/proc/{name}/stat").read_text()
+        except OSError:
+            continue
+        comm, _, rest = text.rpartition(")")
+        parents[int(name)] = (int(rest.split()[1]), comm.partition("(")[2])
+    found: dict[int, str] = {}
+    wave = {os.getpid()}
+    while wave:
+        wave = {pid for pid, (parent, _) in parents.items() if parent in wave and pid not in found}
+        found.update({pid: parents[pid][1] for pid in wave})
+    return found
+
+
+def _groups(processes: dict[int, str]) -> set[str]:
+    """Control groups of ours that are empty or hold our descendants; those of other daemons here do not count."""
+    found: set[str] = set()
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        _, top, kind, *_ = line.split()
+        if kind not in ("cgroup", "cgroup2"):
+            continue
+        for folder in Path(top).glob("**/podflare-*"):
+            for group in (folder, *folder.glob("*/")):
+                try:
+                    pids = {int(pid) for pid in (group / "cgroup.procs").read_text().split()}
+                except OSError:
+                    continue
+                if group != folder and not pids - set(processes):
+                    found.add(str(group))
+    return found
