@@ -16,6 +16,9 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
 
+_AS_GIVEN = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+
 def make_app() -> typer.Typer:
     """The typer application with every command."""
     app = typer.Typer(
@@ -32,9 +35,14 @@ def make_app() -> typer.Typer:
     app.command("repl")(repl.repl)
     app.command("ls")(listing.ls)
     app.command("doctor")(doctor.doctor)
-    app.command("serve", add_help_option=False, context_settings=serve.PASS_THROUGH)(serve.serve)
+    app.command("serve", add_help_option=False, context_settings=_AS_GIVEN)(_serve)
     app.command("demo")(showcase.demo)
     return app
+
+
+def _serve(context: typer.Context) -> None:
+    """Serve sandboxes over HTTP: the host daemon."""
+    raise typer.Exit(serve.run_serve(context.args))
 
 
 def _version(wanted: bool) -> None:

@@ -19,7 +19,7 @@ from podflare.engines.base import EngineReport
 
 
 def doctor(as_json: bool = typer.Option(False, "--json", help="One JSON object instead of tables.")) -> None:
-    """Tell which engines and walls this computer offers to this user, and how to get the missing ones.
+    """Tell which walls this computer offers, and how to get the missing ones.
 
     Exit code 0 if a sandbox can be made here, 1 if not.
     """

@@ -15,7 +15,7 @@ _BASH_SUFFIXES = (".sh", ".bash")
 
 
 def run(
-    file: str = typer.Argument("", metavar="[FILE]", help="Program to run; - reads it from standard input."),
+    file: str = typer.Argument("", metavar="FILE", help="Program to run; - reads it from standard input."),
     code: str | None = typer.Option(None, "-c", "--code", help="The program itself, in place of FILE."),
     language: str = typer.Option("", metavar="python|bash", help="Default: by the suffix of FILE, else python."),
     timeout: float | None = typer.Option(
@@ -31,11 +31,12 @@ def run(
     """
     if (code is None) == (not file):
         raise typer.BadParameter("give either FILE or -c CODE")
+    spoken = _language(language, file)
     source = _read(file) if code is None else code
     from podflare import Sandbox
 
     with Sandbox(host=host, template=template) as sandbox:
-        exit_code = run_cell(sandbox, source, language=_language(language, file), timeout_s=timeout)
+        exit_code = run_cell(sandbox, source, language=spoken, timeout_s=timeout)
     raise typer.Exit(exit_code if 0 <= exit_code <= 255 else exit_code & 0xFF or 1)
 
 

@@ -6,14 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from podflare.errors import PodflareError
-
-if TYPE_CHECKING:
-    import typer
-
-PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 _DESCRIPTION = """\
 Serve sandboxes over HTTP until SIGTERM or SIGINT.
@@ -77,8 +71,3 @@ def run_serve(arguments: Sequence[str]) -> int:
     except PodflareError as error:
         print(f"podflare: {error}", file=sys.stderr)
         return 1
-
-
-def serve(context: typer.Context) -> int:
-    """Serve sandboxes over HTTP: the host daemon (`podflare serve --help` tells its options)."""
-    return run_serve(context.args)
