@@ -1,0 +1,242 @@
+"""Every setting of the daemon with its default and the reason for it; the daemon's only reader of the environment.
+
+Knows nothing of engines or HTTP.  `Config.from_environment` reads, `check_start` decides whether to start at all.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from podflare.engines.base import Wall
+from podflare.errors import BadRequest
+from podflare.host.auth import digest
+
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of one daemon life."""
+
+    # Where it listens.
+    host: str = "127.0.0.1"
+    port: int = 7070
+    uds: str | None = None
+    """A Unix socket path instead of host and port; made with mode 0600."""
+    key_digests: tuple[bytes, ...] = ()
+    """SHA-256 of each API key; the keys themselves are not kept."""
+    auth_disabled: bool = False
+
+    # What it runs.
+    engine: str = "process"
+    require: tuple[Wall, ...] = ()
+    """Walls without which no sandbox is handed out."""
+    data_dir: Path = Path("podflare-data")
+    pool_size: int = 4
+    """Warm sandboxes kept ready: a burst of this many creates costs no start-up, for about 15 MB each."""
+
+    # How it is started.
+    embedded: bool = False
+    """The private daemon of one SDK process: no keys, no lifetimes, nothing remembered after it."""
+    parent_pid: int | None = None
+    """End when this process ends."""
+    announce: bool = False
+    """Print one JSON line on stdout once connections are accepted."""
+    log_format: str = "text"
+    log_level: str = "info"
+    region: str | None = None
+    public_url: str | None = None
+    """Told to clients as `endpoint`; the original's client then moves there, so only an operator sets it."""
+
+    # Lifetimes.  None: no limit unless the caller asks for one.
+    lifetime_s: int | None = 86400
+    idle_s: int | None = 3600
+    """A forgotten sandbox costs memory; an hour outlives any thinking pause of an agent."""
+
+    # Admission.
+    max_sandboxes: int = 1000
+    max_waiting_cells: int = 64
+    """Per sandbox; cells of one sandbox run one after the other, so a longer queue is a client's bug."""
+    max_transfers: int = 16
+    """Per sandbox; each holds up to WINDOW_BYTES in memory."""
+    create_timeout_s: float = 25.0
+    """Below the 30 s after which the original's client gives up on a silent create."""
+
+    # Cells.
+    heartbeat_s: float = 10.0
+    """Silence after which an empty line is sent; the original's client gives up after 30 s.  0: never."""
+    interrupt_grace_s: float = 2.0
+    """From the interrupt to the kill: time for `except KeyboardInterrupt` and `finally` blocks."""
+    kill_grace_s: float = 5.0
+    """From the kill to closing the machine; the guest agent needs milliseconds unless it is broken."""
+    stream_head_bytes: int = 4 * MIB
+    stream_tail_bytes: int = 4 * MIB
+    """Of each of stdout and stderr, the client gets the first and the last so many bytes."""
+    keep_cells: int = 8
+    """Cells whose whole output stays fetchable, per sandbox."""
+    keep_cell_bytes: int = 256 * MIB
+    keep_sandbox_bytes: int = 512 * MIB
+    keep_total_bytes: int = 4096 * MIB
+    """Disk that kept output may take: of one cell, of one sandbox, of the daemon."""
+    max_result_bytes: int = 32 * MIB
+    """Rich results of one cell; beyond it they are dropped and counted, for they wait in memory."""
+    replay_events: int = 1000
+    replay_bytes: int = 4 * MIB
+    client_stall_s: float = 300.0
+    """A client that takes no byte of a waiting answer for so long is treated as gone."""
+    body_timeout_s: float = 30.0
+    """Silence within a request body after which the request is refused."""
+    transfer_stall_s: float = 30.0
+    """Silence of the guest within a file transfer after which it is given up."""
+    idempotency_s: float = 600.0
+    shutdown_s: float = 5.0
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only processes of this computer can connect."""
+        if self.uds is not None or self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    @property
+    def open_to_all(self) -> bool:
+        """Whether requests are served without a key."""
+        return self.embedded or self.auth_disabled or not self.key_digests
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str], **given: Any) -> Config:
+        """Defaults, then `environ`, then what was `given` (None counts as not given).
+
+        Raises: BadRequest that names the variable and what it must be.
+        """
+        given = {key: value for key, value in given.items() if value is not None}
+        embedded = bool(given.get("embedded", False))
+        found = {} if embedded else _from_variables(environ)
+        found.setdefault("data_dir", default_data_dir(environ))
+        if embedded:
+            # The socket's mode is the key, and the SDK process decides how long a sandbox lives.
+            found.update(lifetime_s=None, idle_s=None, pool_size=2, log_level="warning")
+        for name in ("PODFLARE_DATA_DIR",):
+            if environ.get(name):
+                found["data_dir"] = Path(environ[name])
+        found["require"] = _walls(environ.get("PODFLARE_REQUIRE", ""))
+        found.update(given)
+        return cls(**found)
+
+
+def check_start(config: Config) -> str:
+    """Decide whether this daemon may start; return a warning to show, "" if there is none.
+
+    Raises: BadRequest if it would serve other computers without a key and nobody asked for that.
+    """
+    if not config.open_to_all:
+        return ""
+    if config.auth_disabled and not config.embedded:
+        return (
+            "authentication is DISABLED (PODFLARE_AUTH_DISABLED): whoever can connect can run code here"
+            if not config.loopback
+            else "authentication is disabled (PODFLARE_AUTH_DISABLED)"
+        )
+    if not config.loopback:
+        raise BadRequest(
+            f"refusing to serve {config.host} without API keys: set PODFLARE_API_KEYS=key1,key2, "
+            "or bind to 127.0.0.1, or set PODFLARE_AUTH_DISABLED=1 if another layer guards this address"
+        )
+    return ""
+
+
+def default_data_dir(environ: Mapping[str, str]) -> Path:
+    """Where instance directories live if nobody says otherwise: the user's state directory, else one in /tmp."""
+    if os.geteuid() == 0 and not environ.get("XDG_STATE_HOME"):
+        return Path("/var/lib/podflare")
+    home = environ.get("XDG_STATE_HOME") or (environ["HOME"] + "/.local/state" if environ.get("HOME") else "")
+    if home and _can_make(Path(home) / "podflare"):
+        return Path(home) / "podflare"
+    return Path(tempfile.gettempdir()) / f"podflare-{os.geteuid()}"
+
+
+def _can_make(path: Path) -> bool:
+    while not path.exists():
+        if path.parent == path:
+            return False
+        path = path.parent
+    return os.access(path, os.W_OK | os.X_OK)
+
+
+def _from_variables(environ: Mapping[str, str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if environ.get("PODFLARE_HOSTD_ADDR"):
+        found["host"], found["port"] = split_address(environ["PODFLARE_HOSTD_ADDR"])
+    keys = [key.strip() for key in environ.get("PODFLARE_API_KEYS", "").split(",")]
+    found["key_digests"] = tuple(digest(key) for key in keys if key)
+    found["auth_disabled"] = _flag(environ, "PODFLARE_AUTH_DISABLED")
+    if environ.get("PODFLARE_LOG_FORMAT"):
+        found["log_format"] = _one_of(environ, "PODFLARE_LOG_FORMAT", ("text", "json"))
+    if environ.get("PODFLARE_LOG_LEVEL"):
+        found["log_level"] = _one_of(environ, "PODFLARE_LOG_LEVEL", ("debug", "info", "warning", "error"))
+    for field, names, low in (
+        ("pool_size", ("PODFLARE_POOL_SIZE", "PODFLARE_FC_POOL_SIZE"), 0),
+        ("max_sandboxes", ("PODFLARE_MAX_SANDBOXES",), 1),
+        ("lifetime_s", ("PODFLARE_LIFETIME_SECONDS",), 1),
+        ("idle_s", ("PODFLARE_IDLE_SECONDS",), 1),
+    ):
+        for name in names:
+            if environ.get(name):
+                found[field] = _whole(environ, name, low)
+                break
+    if environ.get("PODFLARE_HEARTBEAT_SECONDS"):
+        found["heartbeat_s"] = float(_whole(environ, "PODFLARE_HEARTBEAT_SECONDS", 0))
+    if environ.get("PODFLARE_ENGINE"):
+        found["engine"] = environ["PODFLARE_ENGINE"]
+    found["region"] = environ.get("PODFLARE_REGION") or None
+    found["public_url"] = environ.get("PODFLARE_PUBLIC_URL") or None
+    return found
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """`host:port`, with brackets around an IPv6 host.  Raises: BadRequest."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise BadRequest(f"PODFLARE_HOSTD_ADDR must be host:port, got {text!r}")
+    return host.strip("[]"), int(port)
+
+
+def _walls(text: str) -> tuple[Wall, ...]:
+    known = get_args(Wall)
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise BadRequest(f"PODFLARE_REQUIRE: unknown wall {name!r}; known: {', '.join(known)}")
+    return tuple(name for name in known if name in names)
+
+
+def _flag(environ: Mapping[str, str], name: str) -> bool:
+    value = environ.get(name, "").strip().lower()
+    if value in ("1", "true", "yes", "on"):
+        return True
+    if value in ("", "0", "false", "no", "off"):
+        return False
+    raise BadRequest(f"{name} must be 1 or 0, got {value!r}")
+
+
+def _one_of(environ: Mapping[str, str], name: str, values: tuple[str, ...]) -> str:
+    value = environ[name].strip().lower()
+    if value not in values:
+        raise BadRequest(f"{name} must be one of {', '.join(values)}, got {value!r}")
+    return value
+
+
+def _whole(environ: Mapping[str, str], name: str, low: int) -> int:
+    value = environ[name].strip()
+    if not value.isascii() or not value.isdigit() or int(value) < low:
+        raise BadRequest(f"{name} must be a whole number from {low} up, got {value!r}")
+    return int(value)

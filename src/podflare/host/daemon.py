@@ -1,0 +1,280 @@
+"""The daemon's operations: create, find, list, close.  Joins engine, pool, registry and store; knows no HTTP.
+
+`Daemon.run` is the scope of every background task; when it ends, no machine is left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import anyio
+from anyio.abc import TaskGroup
+
+from podflare.engines.base import Engine, Limits, MachineSpec
+from podflare.errors import (
+    Conflict,
+    MachineFailed,
+    NoCapacity,
+    NotBuilt,
+    PodflareError,
+    SandboxNotFound,
+    UnknownTemplate,
+)
+from podflare.host import telemetry
+from podflare.host.config import Config
+from podflare.host.kept import Room
+from podflare.host.pool import Pool, Warm
+from podflare.host.recover import Instance
+from podflare.host.registry import NOT_FOUND, Registry, new_sandbox_id
+from podflare.host.sandbox import Sandbox, Terms
+from podflare.host.store import Store
+from podflare.wire.api import DEFAULT_RAM_MIB, DEFAULT_ROOTFS_GB, DEFAULT_TEMPLATE, CreateRequest
+
+MAX_REMEMBERED_KEYS = 10_000
+CLOSE_WAIT_S = 20.0
+"""A DELETE answers at the latest after this, below the original client's 30 s; the release goes on behind it."""
+
+CLOSED = "it was closed"
+SHUT_DOWN = "the daemon was shut down"
+
+
+@dataclass
+class _Remembered:
+    """One Idempotency-Key: what was asked, and the sandbox once it exists."""
+
+    fingerprint: str
+    made: asyncio.Event
+    expires_s: float
+    sandbox_id: str = ""
+
+
+class Daemon:
+    """All sandboxes of one daemon life."""
+
+    def __init__(self, config: Config, engine: Engine, store: Store, instance: Instance) -> None:
+        self.config = config
+        self.engine = engine
+        self.registry = Registry(store)
+        self._store = store
+        self._instance = instance
+        self._room = Room(config.keep_total_bytes)
+        self._remembered: dict[tuple[str, str], _Remembered] = {}
+        self._tasks: TaskGroup | None = None
+        self._starting = 0
+        self._closing = False
+        self.pool = Pool(
+            engine,
+            MachineSpec(DEFAULT_TEMPLATE, _limits(DEFAULT_RAM_MIB, DEFAULT_ROOTFS_GB)),
+            config.pool_size,
+            create_timeout_s=config.create_timeout_s,
+        )
+
+    async def run(self, tasks: TaskGroup) -> None:
+        """Start the background tasks in `tasks`; the engine has been started."""
+        self._tasks = tasks
+        self._spawn(self.pool.run)
+
+    def _spawn(self, work: Callable[[], Awaitable[None]]) -> None:
+        assert self._tasks is not None
+        self._tasks.start_soon(_guarded, work)
+
+    # Create.
+
+    async def create(self, request: CreateRequest, owner: str, idempotency_key: str | None = None) -> Sandbox:
+        """A ready sandbox.  With a key that this owner used in the last minutes: the same sandbox again.
+
+        Raises: UnknownTemplate; NotBuilt; NoCapacity; Conflict if the key was used for another request or its sandbox
+            is gone; IsolationIncomplete, MachineFailed, DeadlineExceeded from the engine.
+        If cancelled or failed: no sandbox exists.
+        """
+        if idempotency_key is None:
+            return await self._create(request, owner)
+        key = (owner, idempotency_key)
+        fingerprint = hashlib.sha256(json.dumps(asdict(request), sort_keys=True, default=dict).encode()).hexdigest()
+        self._forget_old_keys()
+        while (known := self._remembered.get(key)) is not None:
+            if known.fingerprint != fingerprint:
+                raise Conflict("this Idempotency-Key was used for a create with another body")
+            await known.made.wait()
+            if known.sandbox_id:
+                return await self._again(known.sandbox_id, owner)
+        entry = self._remembered[key] = _Remembered(
+            fingerprint, asyncio.Event(), time.monotonic() + self.config.idempotency_s
+        )
+        try:
+            sandbox = await self._create(request, owner)
+            entry.sandbox_id = sandbox.id
+        except BaseException:
+            # A failed create left nothing, so the same key may try again.
+            del self._remembered[key]
+            raise
+        finally:
+            entry.made.set()
+        return sandbox
+
+    async def _again(self, sandbox_id: str, owner: str) -> Sandbox:
+        try:
+            return await self.registry.get(sandbox_id, owner)
+        except SandboxNotFound as exc:
+            raise Conflict(f"the sandbox made with this Idempotency-Key is gone: {exc}") from exc
+
+    def _forget_old_keys(self) -> None:
+        now = time.monotonic()
+        # Insertion order is order of expiry.
+        while self._remembered:
+            key, oldest = next(iter(self._remembered.items()))
+            if oldest.expires_s > now and len(self._remembered) < MAX_REMEMBERED_KEYS:
+                return
+            del self._remembered[key]
+
+    async def _create(self, request: CreateRequest, owner: str) -> Sandbox:
+        start = time.monotonic()
+        self._admit(request)
+        self._starting += 1
+        try:
+            warm = await self._machine(request)
+            sandbox = self._adopt(request, owner, warm)
+        finally:
+            self._starting -= 1
+        telemetry.event(
+            "sandbox claimed",
+            sandbox=sandbox.id,
+            machine=warm.machine.id,
+            source="pool" if warm.pooled else "on_demand",
+            ms=round((time.monotonic() - start) * 1000, 3),
+        )
+        return sandbox
+
+    def _admit(self, request: CreateRequest) -> None:
+        if self._closing:
+            raise NoCapacity("the daemon is shutting down")
+        if request.persistent:
+            raise NotBuilt("persistent sandboxes are not built yet; leave out persistent")
+        if request.template not in self.engine.templates:
+            known = ", ".join(self.engine.templates)
+            raise UnknownTemplate(f"unknown template {request.template!r}; this daemon has: {known}")
+        if len(self.registry) + self._starting >= self.config.max_sandboxes:
+            raise NoCapacity(f"this daemon runs {len(self.registry)} sandboxes, its limit: {self.config.max_sandboxes}")
+
+    async def _machine(self, request: CreateRequest) -> Warm:
+        spec = MachineSpec(request.template, _limits(request.ram_mib, request.rootfs_gb))
+        try:
+            return await self.pool.take(spec)
+        except OSError as exc:
+            if isinstance(exc, PodflareError):
+                raise
+            raise MachineFailed(f"could not start a machine: {exc}") from exc
+
+    def _adopt(self, request: CreateRequest, owner: str, warm: Warm) -> Sandbox:
+        config = self.config
+        sandbox = Sandbox(
+            new_sandbox_id(),
+            owner,
+            Terms(
+                template=request.template,
+                ram_mib=request.ram_mib,
+                rootfs_gb=request.rootfs_gb,
+                timeout_seconds=config.lifetime_s if request.timeout_seconds is None else request.timeout_seconds,
+                idle_timeout_seconds=(
+                    config.idle_s if request.idle_timeout_seconds is None else request.idle_timeout_seconds
+                ),
+                metadata=dict(request.metadata),
+                warnings=_warnings(request, warm),
+            ),
+            warm.machine,
+            warm.link,
+            config=config,
+            engine=self.engine.name,
+            directory=self._instance.outputs,
+            total_room=self._room,
+            spawn=self._spawn,
+            ended=self._ended,
+        )
+        self.registry.add(sandbox)
+        return sandbox
+
+    # Ends.
+
+    def _ended(self, sandbox: Sandbox, cause: str) -> None:
+        self.registry.ended(sandbox, cause)
+        telemetry.event("sandbox ended", sandbox=sandbox.id, cause=cause)
+
+    async def close(self, sandbox_id: str, owner: str) -> None:
+        """End a sandbox and wait until nothing of it is left.  One that is gone already is no error.
+
+        Raises: SandboxNotFound if this owner never had it.
+        """
+        sandbox = self.registry.live(sandbox_id, owner)
+        if sandbox is None:
+            if await self.registry.cause_of_end(sandbox_id, owner) is None:
+                raise SandboxNotFound(NOT_FOUND)
+            return
+        sandbox.end(CLOSED)
+        with anyio.move_on_after(CLOSE_WAIT_S):
+            await sandbox.gone.wait()
+
+    async def shut_down(self) -> None:
+        """End every sandbox, then the engine; bounded by `shutdown_s`, after which the engine alone is closed."""
+        self._closing = True
+        sandboxes = self.registry.all()
+        for sandbox in sandboxes:
+            sandbox.end(SHUT_DOWN)
+        with anyio.move_on_after(self.config.shutdown_s):
+            for sandbox in sandboxes:
+                await sandbox.gone.wait()
+            await self.pool.aclose()
+        with anyio.move_on_after(self.config.shutdown_s, shield=True):
+            await self.engine.aclose()
+        await self._store.aclose()
+
+    # Numbers.
+
+    def capacity(self) -> dict[str, Any]:
+        """Body of GET /v1/capacity."""
+        pool = self.pool
+        taken = pool.hits + pool.misses
+        return {
+            "engine": self.engine.name,
+            "templates": list(self.engine.templates),
+            "sandboxes": len(self.registry),
+            "max_sandboxes": self.config.max_sandboxes,
+            "pool": {
+                "template": pool.spec.template,
+                "size": pool.size,
+                "ready": pool.ready,
+                "hits": pool.hits,
+                "misses": pool.misses,
+                "pool_hit_rate_bp": 10_000 * pool.hits // taken if taken else 0,
+                "problem": pool.problem,
+            },
+        }
+
+
+def _limits(ram_mib: int, rootfs_gb: int) -> Limits:
+    return Limits(memory_bytes=ram_mib << 20, disk_bytes=rootfs_gb << 30)
+
+
+def _warnings(request: CreateRequest, warm: Warm) -> tuple[str, ...]:
+    """What was asked for in so many words and is not given."""
+    found = []
+    if request.egress:
+        found.append("egress is not built yet: this sandbox has no network")
+    if request.ram_mib != DEFAULT_RAM_MIB and "memory_limit" not in warm.machine.walls:
+        found.append(f"ram_mib={request.ram_mib} is not enforced: this machine has no memory limit (podflare doctor)")
+    if request.rootfs_gb != DEFAULT_ROOTFS_GB and "disk_limit" not in warm.machine.walls:
+        found.append(f"rootfs_gb={request.rootfs_gb} is not enforced: this machine has no disk limit (podflare doctor)")
+    return tuple(found)
+
+
+async def _guarded(work: Callable[[], Awaitable[None]]) -> None:
+    """Run a background task; what it did not expect is logged and ends only itself."""
+    try:
+        await work()
+    except Exception:  # noqa: BLE001  # the scope of all tasks: one that fails must not end the others
+        telemetry.problem("background task failed", exc_info=True)

@@ -1,0 +1,137 @@
+"""Warm machines: made ahead in the background, handed out only while they live.  Knows no owners and no ids."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import anyio
+
+from podflare.engines.base import Engine, Limits, Machine, MachineSpec
+from podflare.errors import MachineFailed, PodflareError
+from podflare.host import telemetry
+from podflare.host.guest_link import GuestLink
+
+FIRST_PAUSE_S = 0.5
+LONGEST_PAUSE_S = 30.0
+"""After a failed refill the pool waits, twice as long each time, so that a broken host is not kept busy by it."""
+QUIET_S = 0.02
+"""A refill starts so long after a machine was handed out: its user's first cell should not share the CPU with it."""
+READY_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class Warm:
+    """A machine whose guest has said Ready, and the host's link to it."""
+
+    machine: Machine
+    link: GuestLink
+    pooled: bool
+
+
+class Pool:
+    """Keeps `size` machines of one template ready.  `run` is its task; `aclose` closes what is left."""
+
+    def __init__(self, engine: Engine, spec: MachineSpec, size: int, *, create_timeout_s: float) -> None:
+        self.spec = spec
+        self.size = size
+        self.hits = 0
+        self.misses = 0
+        self.problem = ""
+        """Why the latest refill failed; empty if it did not."""
+        self._engine = engine
+        self._create_timeout_s = create_timeout_s
+        self._ready: deque[Warm] = deque()
+        self._wanted = anyio.Event()
+        self._closed = False
+        self._last_taken_s = 0.0
+
+    @property
+    def ready(self) -> int:
+        return len(self._ready)
+
+    async def take(self, spec: MachineSpec) -> Warm:
+        """A warm machine if one fits and lives, else a new one.
+
+        Raises: as Engine.create.  On any of them no machine is left over.
+        If cancelled: no machine is left over.
+        """
+        while self._ready and spec.template == self.spec.template and not self._closed:
+            warm = self._ready.popleft()
+            self._last_taken_s = time.monotonic()
+            self._wanted.set()
+            if await self._fit(warm, spec.limits):
+                self.hits += 1
+                return warm
+        self.misses += 1
+        return await self._make(spec, pooled=False)
+
+    async def _fit(self, warm: Warm, limits: Limits) -> bool:
+        try:
+            if warm.link.down:
+                raise MachineFailed(warm.link.down)
+            if limits != self.spec.limits:
+                await warm.machine.set_limits(limits)
+        except PodflareError as exc:
+            telemetry.problem("pooled machine was not usable", machine=warm.machine.id, error=exc)
+            await self._discard(warm)
+            return False
+        except BaseException:
+            await self._discard(warm)
+            raise
+        return True
+
+    async def _make(self, spec: MachineSpec, *, pooled: bool) -> Warm:
+        start = time.monotonic()
+        machine = await self._engine.create(spec, timeout_s=self._create_timeout_s)
+        try:
+            link = await GuestLink.open(machine, timeout_s=READY_TIMEOUT_S)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await machine.aclose()
+            raise
+        telemetry.event("machine started", machine=machine.id, pooled=pooled, ms=_ms_since(start))
+        return Warm(machine, link, pooled)
+
+    async def run(self) -> None:
+        """Refill for ever; cancel to stop."""
+        pause = FIRST_PAUSE_S
+        while True:
+            self._wanted = anyio.Event()
+            while len(self._ready) < self.size:
+                quiet = QUIET_S - (time.monotonic() - self._last_taken_s)
+                if quiet > 0:
+                    await anyio.sleep(quiet)
+                try:
+                    warm = await self._make(self.spec, pooled=True)
+                except PodflareError as exc:
+                    self.problem = str(exc)
+                    telemetry.problem("pool refill failed", error=exc, next_try_s=pause)
+                    await anyio.sleep(pause)
+                    pause = min(2 * pause, LONGEST_PAUSE_S)
+                    continue
+                self.problem = ""
+                pause = FIRST_PAUSE_S
+                warm.link.when_down = lambda cause, violation: self._wanted.set()
+                self._ready.append(warm)
+            await self._wanted.wait()
+            for dead in [warm for warm in self._ready if warm.link.down]:
+                self._ready.remove(dead)
+                telemetry.problem("pooled machine died", machine=dead.machine.id, cause=dead.link.down)
+                await self._discard(dead)
+
+    async def _discard(self, warm: Warm) -> None:
+        with anyio.CancelScope(shield=True):
+            warm.link.close()
+            await warm.machine.aclose()
+
+    async def aclose(self) -> None:
+        """Close the machines that nobody took.  Idempotent."""
+        self._closed = True
+        while self._ready:
+            await self._discard(self._ready.popleft())
+
+
+def _ms_since(start_s: float) -> float:
+    return round((time.monotonic() - start_s) * 1000, 3)

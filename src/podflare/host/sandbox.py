@@ -1,0 +1,362 @@
+"""One sandbox: its machine, the queue of its cells, its file transfers, its kept outputs, its lifetimes, its end.
+
+Knows no HTTP and no other sandbox.  Every way to end goes through `end`, which says the cause to everybody concerned.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio
+
+from podflare.engines.base import Machine, Usage
+from podflare.errors import CellNotFound, PodflareError, QuotaExceeded, SandboxNotFound
+from podflare.host import telemetry, transfers
+from podflare.host.cells import STOP_INTERRUPTED, Cell, Ending, judge
+from podflare.host.config import Config
+from podflare.host.guest_link import GuestLink
+from podflare.host.kept import KeptOutput, Room, SharedRoom
+from podflare.host.lifecycle import State, Step, step
+from podflare.host.output import ReplayBuffer
+from podflare.wire import events
+from podflare.wire.api import ExecRequest, SandboxInfo
+from podflare.wire.messages import DIED, Exit
+
+QUIET_CELL_S = 0.1
+"""Cells shorter than this are not followed by a look at the machine's memory: it would cost more than the cell."""
+CAUSE_WAIT_S = 1.0
+"""A closed channel is only the symptom: so long the machine may take to say why it died."""
+USAGE_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the caller was granted."""
+
+    template: str
+    ram_mib: int
+    rootfs_gb: int
+    timeout_seconds: int | None
+    idle_timeout_seconds: int | None
+    metadata: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
+
+
+class Sandbox:
+    """What a user holds.  Owned by the registry; `end` starts its end, `gone` is set when nothing is left."""
+
+    def __init__(
+        self,
+        sandbox_id: str,
+        owner: str,
+        terms: Terms,
+        machine: Machine,
+        link: GuestLink,
+        *,
+        config: Config,
+        engine: str,
+        directory: Path,
+        total_room: Room,
+        spawn: Callable[[Callable[[], Awaitable[None]]], None],
+        ended: Callable[[Sandbox, str], None],
+    ) -> None:
+        """`spawn` runs a task to its end in the daemon's scope; `ended` is called once, at the start of the end."""
+        self.id = sandbox_id
+        self.owner = owner
+        self.terms = terms
+        self.config = config
+        self.state = step(State.STARTING, Step.STARTED)
+        self.replay = ReplayBuffer(config.replay_events, config.replay_bytes)
+        self.gone = asyncio.Event()
+        self.cause = ""
+        self._machine = machine
+        self._link = link
+        self._engine = engine
+        self._directory = directory
+        self._room = SharedRoom(config.keep_sandbox_bytes, total_room, self._drop_oldest_kept)
+        self._spawn = spawn
+        self._ended = ended
+        self._created_at_ms = time.time_ns() // 1_000_000
+        self._born_s = self._active_s = time.monotonic()
+        self._timer: asyncio.TimerHandle | None = None
+        self._current: Cell | None = None
+        self._waiting: deque[Cell] = deque()
+        self._kept: deque[Cell] = deque()
+        self._cells = 0
+        self._transfers = 0
+        self._oom_kills = 0
+        self._out_of_memory = False
+        link.when_down = self._on_link_down
+        spawn(self._watch_machine)
+        self._arm()
+
+    # Cells.
+
+    def submit(self, request: ExecRequest) -> Cell:
+        """Queue a cell; it runs when all before it are over.
+
+        Raises: SandboxNotFound if the sandbox is ending; QuotaExceeded if too many wait already; TooLarge if the code
+            does not fit into a frame.
+        """
+        self.touch()
+        if len(self._waiting) >= self.config.max_waiting_cells:
+            raise QuotaExceeded(f"{len(self._waiting)} cells wait in sandbox {self.id} already; they run one at a time")
+        self._cells += 1
+        cell = Cell(self._cells, f"cell_{secrets.token_hex(8)}", request, self, self._directory, self._room)
+        self._keep(cell)
+        if self._current is None:
+            self._run(cell)
+        else:
+            self._waiting.append(cell)
+        return cell
+
+    def _run(self, cell: Cell) -> None:
+        self._current = cell
+        self.state = step(self.state, Step.CELL_STARTED)
+        try:
+            cell.start(self._link)
+        except BaseException:
+            self._cell_ended()
+            raise
+
+    def _cell_ended(self) -> None:
+        self._current = None
+        self._active_s = time.monotonic()
+        if self.state is State.BUSY:
+            self.state = step(self.state, Step.CELL_ENDED)
+
+    def _advance(self) -> None:
+        while self._waiting and self._current is None and not self.cause:
+            cell = self._waiting.popleft()
+            try:
+                self._run(cell)
+            except PodflareError as exc:
+                cell.finish(Ending(1, "sandbox_failed", notes=(str(exc),)))
+
+    def cell_said_exit(self, cell: Cell, message: Exit) -> None:
+        suspicious = message.reason == DIED or message.code in (events.EXIT_KILLED, -9)
+        if suspicious or cell.duration_s > QUIET_CELL_S:
+            self._spawn(lambda: self._finish_after_look(cell, message))
+        else:
+            self._finish(cell, message, "")
+
+    async def _finish_after_look(self, cell: Cell, message: Exit) -> None:
+        note = ""
+        usage = await self._usage()
+        if usage.oom_kills > self._oom_kills:
+            self._oom_kills = usage.oom_kills
+            note = f"out of memory: this sandbox may use {self.terms.ram_mib} MiB (ram_mib)"
+            if message.reason != DIED:
+                note += "; a process in it was killed"
+        self._finish(cell, message, note)
+
+    def _finish(self, cell: Cell, message: Exit, oom_note: str) -> None:
+        if cell is not self._current:
+            return
+        ending = judge(cell, message, oom_note)
+        cell.finish(ending)
+        telemetry.event(
+            "cell ended", sandbox=self.id, cell=cell.id, ms=round(cell.duration_s * 1000, 3), reason=ending.reason
+        )
+        self._cell_ended()
+        self._advance()
+
+    async def _usage(self) -> Usage:
+        with anyio.move_on_after(USAGE_TIMEOUT_S):
+            return await self._machine.usage()
+        return Usage(oom_kills=self._oom_kills)
+
+    def leave(self, cell: Cell) -> None:
+        """The client of `cell` is gone: a running cell is stopped, a waiting one never runs.  Idempotent."""
+        if cell in self._waiting:
+            self._waiting.remove(cell)
+            cell.finish(Ending(events.EXIT_INTERRUPTED, "disconnected"))
+        cell.leave()
+
+    def interrupt(self, cell_id: str | None = None) -> str | None:
+        """Interrupt the running cell, or the given one; return the id of the cell that was told, None if none runs.
+
+        Raises: CellNotFound if `cell_id` is not a cell of this sandbox that is still remembered.
+        """
+        self.touch()
+        cell = self._current if cell_id is None else self._find(cell_id)
+        if cell is None or cell.over:
+            return None
+        if cell in self._waiting:
+            self._waiting.remove(cell)
+            cell.finish(Ending(events.EXIT_INTERRUPTED, STOP_INTERRUPTED))
+        else:
+            cell.stop(STOP_INTERRUPTED)
+        return cell.id
+
+    def give_up(self, cause: str) -> None:
+        self.end(f"machine closed: {cause}")
+
+    # Kept output.
+
+    def _keep(self, cell: Cell) -> None:
+        self._kept.append(cell)
+        finished = [old for old in self._kept if old.over]
+        for old in finished[: max(0, len(self._kept) - self.config.keep_cells)]:
+            self._kept.remove(old)
+            old.forget()
+
+    def _drop_oldest_kept(self) -> bool:
+        for old in self._kept:
+            if old.over:
+                self._kept.remove(old)
+                old.forget()
+                return True
+        return False
+
+    def _find(self, cell_id: str) -> Cell:
+        for cell in self._kept:
+            if cell.id == cell_id:
+                return cell
+        raise CellNotFound(
+            f"no output is kept for cell {cell_id[:64]!r} in sandbox {self.id}: "
+            f"only the latest {self.config.keep_cells} cells are"
+        )
+
+    def output(self, cell_id: str, stream: str) -> KeptOutput:
+        """The kept output of a cell.  Raises: CellNotFound."""
+        self.touch()
+        return self._find(cell_id).kept(stream)
+
+    # Files.
+
+    async def upload(self, path: str, chunks: AsyncIterator[bytes], size: int | None) -> int:
+        """Write a file from `chunks`; return its size.  Outside the queue of cells.  Raises: as transfers.upload."""
+        limit = self.terms.rootfs_gb << 30
+        with self._transferring():
+            return await transfers.upload(
+                self._link, path, chunks, size=size, limit=limit, stall_s=self.config.transfer_stall_s
+            )
+
+    async def download(self, path: str) -> transfers.Download:
+        """Open a file for reading; the caller closes it.  Raises: as transfers.Download.open."""
+        slot = ExitStack()
+        slot.enter_context(self._transferring())
+        try:
+            return await transfers.Download.open(
+                self._link, path, stall_s=self.config.transfer_stall_s, closed=slot.close
+            )
+        except BaseException:
+            slot.close()
+            raise
+
+    @contextmanager
+    def _transferring(self) -> Iterator[None]:
+        self.touch()
+        if self._transfers >= self.config.max_transfers:
+            raise QuotaExceeded(f"{self._transfers} file transfers run in sandbox {self.id} already")
+        self._transfers += 1
+        try:
+            yield
+        finally:
+            self._transfers -= 1
+            self._active_s = time.monotonic()
+
+    # Lifetimes.
+
+    def touch(self) -> None:
+        """Somebody used the sandbox.  Raises: SandboxNotFound if it is ending."""
+        if self.cause:
+            raise SandboxNotFound(f"sandbox not found: {self.id} is gone: {self.cause}")
+        self._active_s = time.monotonic()
+
+    def _due(self) -> tuple[float, str] | None:
+        """When the sandbox must end, and the cause to say then."""
+        candidates = []
+        lifetime, idle = self.terms.timeout_seconds, self.terms.idle_timeout_seconds
+        if lifetime is not None:
+            candidates.append((self._born_s + lifetime, f"its lifetime of {lifetime} s was over (timeout_seconds)"))
+        if idle is not None:
+            active = time.monotonic() if self._current is not None or self._transfers else self._active_s
+            candidates.append((active + idle, f"it was idle for {idle} s (idle_timeout_seconds)"))
+        return min(candidates) if candidates else None
+
+    def _arm(self) -> None:
+        due = self._due()
+        if due is None or self.cause:
+            return
+        delay = due[0] - time.monotonic()
+        if delay <= 0:
+            self.end(due[1])
+        else:
+            # The idle time only moves the end away, so a timer that fires early just looks again.
+            self._timer = asyncio.get_running_loop().call_later(delay + 0.001, self._arm)
+
+    # The end.
+
+    def end(self, cause: str) -> None:
+        """Begin the end: cells and transfers end with `cause`, the machine is released behind it.  Idempotent."""
+        if self.cause:
+            return
+        self.cause = cause
+        self.state = step(self.state, Step.END)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._ended(self, cause)
+        reason = "out_of_memory" if self._out_of_memory else "sandbox_failed"
+        cells = [self._current, *self._waiting] if self._current is not None else list(self._waiting)
+        self._waiting.clear()
+        for cell in cells:
+            cell.finish(Ending(events.EXIT_KILLED, reason, notes=(f"the sandbox is gone: {cause}",)))
+        self._current = None
+        self._link.close(f"the sandbox is gone: {cause}")
+        self._spawn(self._release)
+
+    async def _release(self) -> None:
+        try:
+            await self._machine.aclose()
+        finally:
+            for cell in self._kept:
+                cell.forget()
+            self.state = step(self.state, Step.RELEASED)
+            self.gone.set()
+
+    async def _watch_machine(self) -> None:
+        death = await self._machine.wait_dead()
+        if self.cause:
+            return
+        self._out_of_memory = death.out_of_memory
+        self.end(f"its machine died: {death.reason}")
+
+    def _on_link_down(self, cause: str, violation: bool) -> None:
+        if violation:
+            self.end(f"machine closed: {cause}")
+        else:
+            self._spawn(lambda: self._end_after_cause(cause))
+
+    async def _end_after_cause(self, cause: str) -> None:
+        # _watch_machine ends the sandbox with the real cause if the machine knows one in time.
+        with anyio.move_on_after(CAUSE_WAIT_S):
+            await self.gone.wait()
+        self.end(f"machine closed: {cause}")
+
+    def info(self) -> SandboxInfo:
+        """What is told about it.  `ready` also while a cell runs: it accepts work."""
+        return SandboxInfo(
+            id=self.id,
+            state="ready" if self.state is State.BUSY else self.state.value,
+            template=self.terms.template,
+            engine=self._engine,
+            isolation=tuple(self._machine.walls),
+            egress=False,
+            ram_mib=self.terms.ram_mib,
+            rootfs_gb=self.terms.rootfs_gb,
+            timeout_seconds=self.terms.timeout_seconds,
+            idle_timeout_seconds=self.terms.idle_timeout_seconds,
+            persistent=False,
+            created_at_ms=self._created_at_ms,
+            metadata=self.terms.metadata,
+            warnings=self.terms.warnings,
+        )
