@@ -7,6 +7,9 @@ import typer
 HOST: str | None = typer.Option(
     None,
     metavar="URL",
-    help="Daemon to use, http://... or unix:///path; default: the environment, else a private daemon.",
+    help="Daemon to use, http://... or unix:/path; default: PODFLARE_HOSTD_URL, else a private daemon.",
+)
+NAMED_HOST: str | None = typer.Option(
+    None, "--host", metavar="URL", help="Daemon to ask, http://... or unix:/path; default: PODFLARE_HOSTD_URL."
 )
 TEMPLATE: str | None = typer.Option(None, help="What the sandbox starts from.")

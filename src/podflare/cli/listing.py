@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any
+from typing import TYPE_CHECKING
 
 import typer
 from rich.table import Table
 
-from podflare.cli.daemon import HOST
+from podflare.cli.daemon import NAMED_HOST
 from podflare.cli.terminal import console, one_line
+
+if TYPE_CHECKING:
+    from podflare.wire.api import SandboxInfo
 
 _COLUMNS = ("id", "state", "template", "engine", "memory", "age", "metadata")
 
 
 def ls(
-    host: str | None = HOST, as_json: bool = typer.Option(False, "--json", help="A JSON array instead of a table.")
+    host: str | None = NAMED_HOST,
+    as_json: bool = typer.Option(False, "--json", help="A JSON array instead of a table."),
 ) -> None:
     """List the sandboxes of the daemon that --host or the environment names.
 
     Only your own: a daemon with API keys shows each key its sandboxes.
     """
     from podflare import Client
+    from podflare.client._config import find_address
 
+    if find_address(host, None) is None:
+        raise typer.BadParameter("no daemon named; give its address or set PODFLARE_HOSTD_URL", param_hint="--host")
     with Client(host) as client:
         sandboxes = client.list_sandboxes()
     if as_json:
-        print(json.dumps(sandboxes, indent=2))
+        print(json.dumps([sandbox.to_json() for sandbox in sandboxes], indent=2))
         return
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in _COLUMNS:
@@ -37,19 +44,12 @@ def ls(
     console().print(table)
 
 
-def _row(sandbox: dict[str, Any]) -> list[str]:
-    metadata = " ".join(f"{key}={value}" for key, value in sorted(sandbox.get("metadata", {}).items()))
-    age_s = max(0, int(time.time() - sandbox.get("created_at_ms", 0) / 1000))
-    texts = [
-        sandbox["id"],
-        sandbox["state"],
-        sandbox["template"],
-        sandbox["engine"],
-        f"{sandbox['ram_mib']} MiB",
-        _age(age_s),
-        metadata,
-    ]
-    return [one_line(str(text)) for text in texts]
+def _row(sandbox: SandboxInfo) -> list[str]:
+    metadata = " ".join(f"{key}={value}" for key, value in sorted(sandbox.metadata.items()))
+    age = _age(max(0, int(time.time() - sandbox.created_at_ms / 1000)))
+    memory = f"{sandbox.ram_mib} MiB"
+    texts = (sandbox.id, sandbox.state, sandbox.template, sandbox.engine, memory, age, metadata)
+    return [one_line(text) for text in texts]
 
 
 def _age(seconds: int) -> str:
