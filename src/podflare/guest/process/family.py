@@ -19,9 +19,8 @@ from podflare.guest import syscalls as sc
 from podflare.guest.process import confine
 from podflare.wire.plan import MachinePlan, StagePlan
 
-_NAMESPACES = (
-    sc.CLONE_NEWNS | sc.CLONE_NEWPID | sc.CLONE_NEWNET | sc.CLONE_NEWIPC | sc.CLONE_NEWUTS | sc.CLONE_NEWCGROUP
-)
+_NAMESPACES = sc.CLONE_NEWNS | sc.CLONE_NEWPID | sc.CLONE_NEWNET | sc.CLONE_NEWIPC | sc.CLONE_NEWUTS
+"""The cgroup namespace comes last: its root is the group in which its maker is at that moment."""
 
 
 class Fds:
@@ -74,29 +73,41 @@ def _live(stage: StagePlan, plan: MachinePlan, fds: Fds) -> int:
 
 
 def _run_helper(stage: StagePlan, plan: MachinePlan, fds: Fds) -> NoReturn:
-    """A process just to enter the cgroups and new namespaces: a PID namespace applies to children only."""
+    """A process just to make new namespaces, and the agent in them: a PID namespace applies to children only.
+
+    Joining a control group can wait many milliseconds for the kernel (cgroup_threadgroup_rwsem), so this process
+    moves the agent while the agent mounts its root.
+    """
     try:
-        for fd in fds.cgroups:
-            os.write(fd, b"0")  # "move the writer"; permission was checked when the daemon opened the file
+        placed_r, placed_w = os.pipe2(os.O_CLOEXEC)
         sc.unshare(_NAMESPACES)
-        if os.fork() == 0:
-            _run_agent(stage, plan, fds)
+        pid = os.fork()
+        if pid == 0:
+            os.close(placed_w)
+            _run_agent(stage, plan, fds, placed_r)
+        for fd in fds.cgroups:
+            os.write(fd, str(pid).encode())  # permission was checked when the daemon opened the file
+        os.write(placed_w, b".")
         os._exit(0)
     except BaseException as exc:
         _tell(fds.birth, {"error": f"new namespaces: {exc}"})
         os._exit(1)
 
 
-def _run_agent(stage: StagePlan, plan: MachinePlan, fds: Fds) -> NoReturn:
+def _run_agent(stage: StagePlan, plan: MachinePlan, fds: Fds, placed: int) -> NoReturn:
     """Pid 1 of the sandbox: confine itself, let the daemon look at the result, then serve."""
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
         os.umask(0o022)
-        close_other_fds({fds.channel, fds.birth})
+        close_other_fds({fds.channel, fds.birth, placed})
         confine.enter_root(stage, plan)
         confine.set_identity(plan)
+        if os.read(placed, 1) != b".":
+            raise OSError("the control groups could not be joined")
+        os.close(placed)
+        sc.unshare(sc.CLONE_NEWCGROUP)
         confine.give_up_privileges(plan)
         # The daemon checks namespaces, capabilities and filter from outside before it lets the agent go on.
         with socket.socket(fileno=fds.birth) as birth:
