@@ -62,7 +62,7 @@ REFUSED = frozenset(
 """Answer EPERM, as container engines do: present, but not for you."""
 
 UNSUPPORTED = frozenset("clone3 io_uring_enter io_uring_register io_uring_setup memfd_secret".split())
-"""Answer ENOSYS, so that libc and libraries take the older call (clone3's flags cannot be filtered: they are in memory)."""
+"""Answer ENOSYS, so that libraries take the older call (clone3 keeps its flags in memory, out of a filter's sight)."""
 
 NAMESPACE_FLAGS = 0x7E020000
 """CLONE_NEWNS|NEWCGROUP|NEWUTS|NEWIPC|NEWUSER|NEWPID|NEWNET."""

@@ -5,7 +5,6 @@ A machine is handed out after this check and never without it (design: fail clos
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from podflare.engines.base import Wall
@@ -40,7 +39,7 @@ def check_confinement(pid: int, *, filters: int, root: bool, cgroup: Cgroup | No
         (walls.append(wall) if holds else missing.append(f"{wall} ({found})"))
 
     for name, wall in _NAMESPACES.items():
-        ours, theirs = os.readlink(f"/proc/self/ns/{name}"), os.readlink(f"/proc/{pid}/ns/{name}")
+        ours, theirs = (Path(f"/proc/{who}/ns/{name}").readlink() for who in ("self", pid))
         demand(wall, ours != theirs, f"{name} namespace is the daemon's")
     sets = {key: status.get(key, "?") for key in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")}
     demand("no_capabilities", all(int(value, 16) == 0 for value in sets.values()), str(sets))

@@ -77,7 +77,7 @@ def base_python() -> str:
 
 
 def _directory(path: str) -> Directory:
-    return Directory(path, os.stat(path).st_uid == os.geteuid())
+    return Directory(path, Path(path).stat().st_uid == os.geteuid())
 
 
 def _inside(path: str, parent: str) -> bool:
@@ -96,4 +96,4 @@ def _own_packages() -> tuple[str, ...]:
     if sys.prefix != sys.base_prefix:
         return ()  # a virtual environment: it lies outside of what machines see
     names = ("purelib", "platlib")
-    return tuple(dict.fromkeys(path for name in names if os.path.isdir(path := sysconfig.get_path(name))))
+    return tuple(dict.fromkeys(path for name in names if Path(path := sysconfig.get_path(name)).is_dir()))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from podflare.engines.base import Death, Limits, MachineSpec, Usage, Wall
 from podflare.engines.linux.cgroups import Cgroup
-from podflare.engines.process.zygote import wait_readable
+from podflare.engines.process.zygote import resolve, wait_readable
 from podflare.errors import IsolationIncomplete, MachineFailed
 
 END_TIMEOUT_S = 10.0
@@ -137,7 +137,7 @@ async def _end_family(pidfd: int) -> None:
         pass
     loop = asyncio.get_running_loop()
     gone: asyncio.Future[None] = loop.create_future()
-    loop.add_reader(pidfd, lambda: gone.done() or gone.set_result(None))
+    loop.add_reader(pidfd, resolve, gone)
     try:
         await asyncio.wait_for(gone, END_TIMEOUT_S)
     except asyncio.TimeoutError:

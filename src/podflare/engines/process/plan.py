@@ -10,7 +10,7 @@ from podflare.engines.process.facts import Directory, HostFacts
 from podflare.wire.plan import IdMap, MachinePlan, SkeletonEntry, StagePlan, Tree
 
 ROOT_FIRST_ID = 0x7000_0000
-"""First id of a root daemon's machines: above what distributions (from 100000) and systemd-nspawn (to 0x6fffffff) use."""
+"""First id of a root daemon's machines: above those of distributions (100000..) and systemd-nspawn (..0x6fffffff)."""
 ROOT_ID_COUNT = 0x1_0000
 HOME = "/root"
 MAX_OPEN_FILES = 16384

@@ -46,7 +46,7 @@ class Zygote:
         try:
             with theirs:
                 # -I -S: nothing of the daemon's environment or its packages is looked at.
-                self._process = subprocess.Popen(
+                self._process = subprocess.Popen(  # noqa: ASYNC220  # vfork: a millisecond, once per daemon
                     [self._python, "-I", "-S", str(bundle), "zygote", str(theirs.fileno())],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
@@ -68,7 +68,9 @@ class Zygote:
             raise IsolationIncomplete(f"the process engine could not build its stage: {answer['error']}")
 
     async def spawn(self, plan: MachinePlan, fds: list[int]) -> int:
-        """Order one machine; the fds are its birth descriptors (guest/process/family.Fds).  Returns a pidfd, the caller's.
+        """Order one machine; the fds are its birth descriptors (guest/process/family.Fds).
+
+        Returns: a pidfd of its family, which the caller closes.
 
         Raises: MachineFailed if the zygote refuses or is gone.
         """
@@ -138,11 +140,17 @@ class Zygote:
             process.stderr.close()
 
 
+def resolve(future: asyncio.Future[None]) -> None:
+    """Reader callback: the future is done, once."""
+    if not future.done():
+        future.set_result(None)
+
+
 async def wait_readable(sock: socket.socket, timeout_s: float, what: str) -> None:
     """Return when `sock` can be read or is at its end.  Raises: DeadlineExceeded(what) after timeout_s."""
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
-    loop.add_reader(sock.fileno(), lambda: ready.done() or ready.set_result(None))
+    loop.add_reader(sock.fileno(), resolve, ready)
     try:
         await asyncio.wait_for(ready, timeout_s)
     except asyncio.TimeoutError as exc:

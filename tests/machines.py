@@ -1,0 +1,99 @@
+"""Drives a machine's guest without daemon and HTTP: one cell at a time, whole output at the end."""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio.from_thread
+
+from podflare.engines.base import Engine, Limits, Machine, MachineSpec
+from podflare.wire import frames
+from podflare.wire.messages import Error, Exec, Exit, Interrupt, Kill, Ready, Result, from_guest, to_payload
+
+LIMITS = Limits(memory_bytes=512 * 2**20, disk_bytes=2**30, max_processes=128)
+CELL_TIMEOUT_S = 60.0
+
+
+@dataclass
+class CellOutput:
+    """What one cell gave back."""
+
+    stdout: str
+    stderr: str
+    exit: Exit
+    results: list[Result] = field(default_factory=list)
+    error: Error | None = None
+
+
+class DrivenMachine:
+    """A machine and the host's end of its conversation."""
+
+    def __init__(self, portal: anyio.from_thread.BlockingPortal, engine: Engine, limits: Limits = LIMITS) -> None:
+        self._portal = portal
+        spec = MachineSpec("default", limits)
+        self.machine: Machine = portal.call(lambda: engine.create(spec, timeout_s=30))
+        self._decoder = frames.Decoder()
+        self._channel = 0
+        self._pending: list[frames.Frame] = []
+        assert isinstance(from_guest(self._next(10).payload), Ready)
+
+    def call(self, function: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> Any:
+        """Run a coroutine function of the machine on the engine's loop."""
+        return self._portal.call(function, *args)
+
+    def start(self, code: str, language: str = "python") -> int:
+        """Send a cell, return its channel."""
+        self._channel += 1
+        self.send(Exec(code=code, language=language, name=f"<cell {self._channel}>"))
+        return self._channel
+
+    def send(self, message: Exec | Interrupt | Kill) -> None:
+        self._send_all(frames.encode(frames.MESSAGE, self._channel, to_payload(message)))
+
+    def _send_all(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            select.select([], [self.machine.channel], [], 30)
+            view = view[self.machine.channel.send(view) :]
+
+    def finish(self, timeout_s: float = CELL_TIMEOUT_S) -> CellOutput:
+        """Everything of the running cell up to its exit.  Raises: TimeoutError, ConnectionError."""
+        deadline = time.monotonic() + timeout_s
+        out: dict[int, list[bytes]] = {frames.STDOUT: [], frames.STDERR: []}
+        results: list[Result] = []
+        error: Error | None = None
+        while True:
+            frame = self._next(deadline - time.monotonic())
+            if frame.kind in out:
+                out[frame.kind].append(frame.payload)
+                continue
+            message = from_guest(frame.payload)
+            if isinstance(message, Exit):
+                texts = [b"".join(out[kind]).decode("utf-8", "replace") for kind in (frames.STDOUT, frames.STDERR)]
+                return CellOutput(texts[0], texts[1], message, results, error)
+            if isinstance(message, Result):
+                results.append(message)
+            elif isinstance(message, Error):
+                error = message
+
+    def run(self, code: str, language: str = "python", timeout_s: float = CELL_TIMEOUT_S) -> CellOutput:
+        """Run a cell to its end."""
+        self.start(code, language)
+        return self.finish(timeout_s)
+
+    def _next(self, timeout_s: float) -> frames.Frame:
+        while not self._pending:
+            if timeout_s <= 0 or not select.select([self.machine.channel], [], [], timeout_s)[0]:
+                raise TimeoutError("the guest said nothing")
+            data = self.machine.channel.recv(1 << 16)
+            if not data:
+                raise ConnectionError("the guest closed the channel")
+            self._pending = self._decoder.feed(data)
+        return self._pending.pop(0)
+
+    def close(self) -> None:
+        self._portal.call(self.machine.aclose)
