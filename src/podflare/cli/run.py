@@ -12,6 +12,7 @@ from podflare.cli.cells import run_cell
 from podflare.cli.daemon import HOST, TEMPLATE
 
 _BASH_SUFFIXES = (".sh", ".bash")
+_LANGUAGES: dict[str, Literal["python", "bash"]] = {"python": "python", "bash": "bash"}
 
 
 def run(
@@ -43,8 +44,8 @@ def run(
 def _language(wanted: str, file: str) -> Literal["python", "bash"]:
     if not wanted:
         return "bash" if file.endswith(_BASH_SUFFIXES) else "python"
-    if wanted == "python" or wanted == "bash":
-        return wanted
+    if wanted in _LANGUAGES:
+        return _LANGUAGES[wanted]
     raise typer.BadParameter(f"{wanted!r} is not a language of a sandbox: python or bash", param_hint="--language")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from typing import TYPE_CHECKING, TextIO
+from typing import IO, TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,7 +19,7 @@ _UNSAFE = re.compile(f"({_STYLE})|[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f]")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
-def is_rich(stream: TextIO) -> bool:
+def is_rich(stream: IO[str]) -> bool:
     """Whether `stream` is a terminal that may get colours (https://no-color.org)."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
