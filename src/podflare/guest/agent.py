@@ -1,0 +1,388 @@
+"""The agent: one conversation with the host, one REPL, bash cells, file transfers; pid 1 duties.
+
+One thread, one loop.  Everything is non-blocking and bounded: what user code does, floods or breaks may slow
+its own sandbox down, but Interrupt and Kill always get through and the agent's memory does not grow.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+from typing import Callable, List, NoReturn, Optional, Tuple
+
+from podflare.errors import ProtocolError
+from podflare.guest import environment, files, processes, shell
+from podflare.guest.interpreter import GuestBroken, Interpreter, describe_end
+from podflare.guest.link import Link
+from podflare.guest.output import Output, Stream
+from podflare.guest.poller import READ, WRITE, Poller
+from podflare.wire import frames
+from podflare.wire.events import EXIT_INTERRUPTED
+from podflare.wire.messages import (
+    DIED,
+    ENDED,
+    INTERRUPTED,
+    Exec,
+    Exit,
+    GuestMessage,
+    Interrupt,
+    Kill,
+    Ready,
+    from_host,
+    to_payload,
+)
+from podflare.wire.version import PROTOCOL
+
+BASH_GRACE_S = 0.25
+"""A bash cell that was interrupted may run its traps for this long before it is killed with all it started."""
+_SIGINT_RETRY_S = 0.02
+_SIGINT_TRIES = 100
+_LAST_READS = 64
+"""Reads of what an ended REPL left in its socket; a process that it forked could write there for ever."""
+
+
+def run(channel: socket.socket, *, home: str, before_repl: Callable[[], None]) -> NoReturn:
+    """Serve the host at the other end of `channel` until it closes it; then end every process below and exit.
+
+    Called by the engine once the process is confined.  Sends Ready when the first REPL waits for cells.  Exit
+    status 0 after the host's end, 1 if the guest cannot go on; then a line on standard error says why.
+
+    Args:
+        channel: connected stream socket; this process owns it from now on.
+        home: home directory and first working directory of user code; exists.
+        before_repl: called in every new REPL process before it does anything.
+    """
+    status = 1
+    census: Optional[processes.Census] = None
+    try:
+        census = processes.Census()
+        Agent(channel, census, home, before_repl).serve()
+        status = 0
+    except (GuestBroken, ProtocolError) as exc:
+        _complain(str(exc))
+    except BaseException as exc:  # noqa: BLE001  # said aloud, then the machine ends
+        _complain(f"{type(exc).__name__}: {exc}")
+        sys.excepthook(type(exc), exc, exc.__traceback__)
+    finally:
+        if census is not None:
+            census.end_all()
+        os._exit(status)
+
+
+def _complain(text: str) -> None:
+    try:
+        os.write(2, f"podflare agent: {text}\n".encode("utf-8", "replace"))
+    except OSError:
+        pass
+
+
+def _quiet_signals() -> int:
+    """Be deaf to what user code may send; wake up, by the returned pipe, when a child ends."""
+    wake_r, wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)
+    return wake_r
+
+
+class _Cell:
+    """The cell that runs now."""
+
+    def __init__(self, channel: int, mark: processes.Mark) -> None:
+        self.channel = channel
+        self.mark = mark
+        self.bash_pid = 0
+        """0 for a Python cell."""
+        self.interrupted = False
+        self.killed = False
+        self.ending = False
+        """Its Exit waits for the last output to be sent."""
+        self.timer: Optional[Tuple[float, Callable[["_Cell"], None]]] = None
+        self.sigint_tries = 0
+
+    def after(self, delay_s: float, action: Callable[["_Cell"], None]) -> None:
+        self.timer = (time.monotonic() + delay_s, action)
+
+
+class Agent:
+    """State of one machine's guest."""
+
+    def __init__(
+        self, channel: socket.socket, census: processes.Census, home: str, before_repl: Callable[[], None]
+    ) -> None:
+        environment.set_environment(home)
+        self._home = home
+        self._census = census
+        self._host = Link(channel)
+        self._output = Output()
+        self._interpreter = Interpreter(self._output, census, home, before_repl)
+        self._files = files.Transfers(self._host, home)
+        self._cell: Optional[_Cell] = None
+        self._ready_sent = False
+        # Frames that must come after the output that was in the pipes when they were made: (kind, channel, payload).
+        self._held: List[Tuple[int, int, bytes]] = []
+        self._owed = [0, 0]
+        self._restarted = False
+        """A REPL was lost and no Exit has told it yet."""
+        self._poller = Poller()
+        self._wake = _quiet_signals()
+        self._stream_handlers = [self._stream_handler(stream) for stream in self._output.streams]
+
+    def serve(self) -> None:
+        """Until the host closes the channel.  Raises: GuestBroken; ProtocolError if the host breaks the protocol."""
+        self._poller.watch(self._wake, READ, self._on_children)
+        self._interpreter.start()
+        try:
+            while True:
+                self._set_interest()
+                self._poller.wait(self._timeout_s())
+                self._run_timer()
+                self._send_held()
+                self._files.step()
+        except EOFError:
+            return
+
+    def _set_interest(self) -> None:
+        """What to wait for: with a full outbox nothing that would fill it more, but the host in any case."""
+        host, link = self._host, self._interpreter.link
+        self._poller.watch(host.sock.fileno(), READ | (WRITE if host.queued else 0), self._on_host)
+        take = 0 if host.full else READ
+        for stream, handler in zip(self._output.streams, self._stream_handlers):
+            self._poller.watch(stream.read_fd, take, handler)
+        if link is not None:
+            events = (0 if self._held else take) | (WRITE if link.queued else 0)
+            self._poller.watch(link.sock.fileno(), events, self._on_interpreter)
+
+    def _timeout_s(self) -> float:
+        if self._files.can_step():
+            return 0
+        if self._cell is not None and self._cell.timer is not None:
+            return max(0.0, self._cell.timer[0] - time.monotonic())
+        return -1
+
+    def _run_timer(self) -> None:
+        cell = self._cell
+        if cell is not None and cell.timer is not None and cell.timer[0] <= time.monotonic():
+            action, cell.timer = cell.timer[1], None
+            if not cell.ending:
+                action(cell)
+
+    # -- from the host
+
+    def _on_host(self, events: int) -> None:
+        if events & WRITE:
+            self._host.flush()
+        for frame in self._host.receive():
+            if frame.kind == frames.DATA:
+                self._files.data(frame.channel, frame.payload)
+                continue
+            if frame.kind != frames.MESSAGE:
+                raise ProtocolError(f"the host sent a frame of kind {frame.kind}")
+            message = from_host(frame.payload)
+            if isinstance(message, Exec):
+                self._start_cell(frame, message)
+            elif isinstance(message, (Interrupt, Kill)):
+                cell = self._cell
+                # For a cell that has ended meanwhile it comes too late.
+                if cell is not None and cell.channel == frame.channel and not cell.ending:
+                    self._kill(cell) if isinstance(message, Kill) else self._interrupt(cell, frame.payload)
+            else:
+                self._files.handle(frame.channel, message)
+
+    def _start_cell(self, frame: frames.Frame, message: Exec) -> None:
+        if self._cell is not None:
+            raise ProtocolError("the host sent a cell while another one runs")
+        cell = self._cell = _Cell(frame.channel, self._census.mark())
+        for stream in self._output.streams:
+            kept, dropped = stream.take_kept()
+            if dropped:
+                name = "stdout" if stream.kind == frames.STDOUT else "stderr"
+                self._note(cell, f"{dropped} bytes of {name} from before this cell were dropped")
+            if kept:
+                self._host.send(stream.kind, cell.channel, kept)
+        if message.language == "python":
+            assert self._interpreter.link is not None
+            self._interpreter.link.send(frames.MESSAGE, frame.channel, frame.payload)
+            return
+        try:
+            pipes = self._output.stdout.write_fd, self._output.stderr.write_fd
+            cell.bash_pid = shell.start(message.code, pipes, self._home)
+        except OSError as exc:
+            self._note(cell, f"bash could not be started: {os.strerror(exc.errno or 0)}")
+            self._end_cell(cell, shell.CANNOT_RUN, ENDED)
+
+    def _interrupt(self, cell: _Cell, payload: bytes) -> None:
+        cell.interrupted = True
+        if cell.bash_pid:
+            processes.send_signal(-cell.bash_pid, signal.SIGINT)
+            cell.after(BASH_GRACE_S, self._sweep)
+            return
+        # The message reaches a REPL that has not begun the cell yet, the signal one that has.
+        assert self._interpreter.link is not None
+        self._interpreter.link.send(frames.MESSAGE, cell.channel, payload)
+        cell.sigint_tries = 0
+        self._send_sigint(cell)
+
+    def _send_sigint(self, cell: _Cell) -> None:
+        """SIGINT to the REPL, then the end of what the cell started.
+
+        While system(3) runs a command its caller ignores SIGINT: then the command's end comes first, and SIGINT
+        when it is heard again.
+        """
+        cell.sigint_tries += 1
+        if cell.sigint_tries < _SIGINT_TRIES and processes.ignores_sigint(self._interpreter.pid):
+            cell.after(_SIGINT_RETRY_S, self._send_sigint)
+        else:
+            processes.send_signal(self._interpreter.pid, signal.SIGINT)
+        self._sweep(cell)
+
+    def _kill(self, cell: _Cell) -> None:
+        cell.killed = True
+        if not cell.bash_pid:
+            self._interpreter.kill()
+        self._sweep(cell)
+
+    def _sweep(self, cell: _Cell) -> None:
+        """End everything that the cell started; for a bash cell that includes bash."""
+        self._census.end_since(cell.mark, spare=(self._interpreter.pid,))
+
+    # -- from below
+
+    def _stream_handler(self, stream: Stream) -> Callable[[int], None]:
+        def on_output(events: int) -> None:
+            if not self._held:  # else _send_held reads, and how much matters
+                data = stream.read()
+                if self._cell is None:
+                    stream.keep(data)
+                elif data:
+                    self._host.send(stream.kind, self._cell.channel, data)
+
+        return on_output
+
+    def _on_interpreter(self, events: int) -> None:
+        link = self._interpreter.link
+        if link is None:
+            return
+        if events & WRITE:
+            link.flush()
+        if not events & ~WRITE:
+            return
+        try:
+            self._take_from_interpreter()
+        except EOFError:
+            # Its process may live on without its end of the socket, deaf for ever.
+            self._drop_interpreter_link()
+            self._interpreter.kill()
+        except ProtocolError as exc:
+            self._drop_interpreter_link()
+            self._interpreter.kill()
+            self._say_aside(f"the Python process broke the protocol: {str(exc)[:500]}")
+
+    def _take_from_interpreter(self) -> None:
+        """Raises: EOFError when the REPL is gone; ProtocolError if it says what it may not say now."""
+        cell = self._cell
+        for channel, message in self._interpreter.receive():
+            if cell is None or cell.bash_pid or cell.ending or channel != cell.channel:
+                raise ProtocolError(f"{message.op} for a cell that does not run")
+            if isinstance(message, Exit):
+                self._end_cell(cell, message.code, INTERRUPTED if message.reason == INTERRUPTED else ENDED)
+            else:
+                self._hold(channel, message)
+        if self._interpreter.python is not None and not self._ready_sent:
+            self._ready_sent = True
+            ready = Ready(protocol=PROTOCOL, python=self._interpreter.python)
+            self._host.send(frames.MESSAGE, 0, to_payload(ready))
+
+    def _drop_interpreter_link(self) -> None:
+        link = self._interpreter.link
+        if link is not None:
+            self._poller.forget(link.sock.fileno())
+            self._interpreter.close_link()
+
+    def _on_children(self, events: int) -> None:
+        try:
+            os.read(self._wake, 4096)
+        except BlockingIOError:
+            pass
+        for pid, status in processes.reap():
+            if pid == self._interpreter.pid:
+                self._interpreter_ended(status)
+            elif self._cell is not None and pid == self._cell.bash_pid:
+                self._bash_ended(self._cell, status)
+
+    def _bash_ended(self, cell: _Cell, status: int) -> None:
+        code, signal_number, _ = describe_end(status)
+        if cell.killed or (signal_number and not cell.interrupted):
+            self._end_cell(cell, code, DIED, signal_number)
+        elif cell.interrupted:
+            self._end_cell(cell, EXIT_INTERRUPTED if signal_number else code, INTERRUPTED)
+        else:
+            self._end_cell(cell, code, ENDED)
+
+    def _interpreter_ended(self, status: int) -> None:
+        """The REPL is gone: tell it, start another one."""
+        code, signal_number, words = describe_end(status)
+        if self._interpreter.link is not None:
+            try:
+                for _ in range(_LAST_READS):
+                    self._take_from_interpreter()
+            except (EOFError, ProtocolError):
+                pass  # nothing more, or nothing that counts any more
+        self._drop_interpreter_link()
+        self._restarted = True
+        self._say_aside(f"the Python process {words}; a new one was started, all variables are lost")
+        cell = self._cell
+        self._interpreter.start()
+        if cell is not None and not cell.bash_pid and not cell.ending:
+            self._end_cell(cell, code, DIED, signal_number)
+
+    # -- to the host
+
+    def _note(self, cell: _Cell, text: str) -> None:
+        self._host.send(frames.STDERR, cell.channel, f"podflare: {text}\n".encode())
+
+    def _say_aside(self, text: str) -> None:
+        """A line on stderr of the running cell, after its output so far; of the next one if none runs."""
+        line = f"podflare: {text}\n".encode()
+        if self._cell is None or self._cell.ending:
+            self._output.stderr.keep(line)
+        else:
+            self._held.append((frames.STDERR, self._cell.channel, line))
+            self._owed = self._output.backlog()
+
+    def _hold(self, channel: int, message: GuestMessage) -> None:
+        self._held.append((frames.MESSAGE, channel, to_payload(message)))
+        self._owed = self._output.backlog()
+
+    def _end_cell(self, cell: _Cell, code: int, reason: str, signal_number: int = 0) -> None:
+        """The cell is over; its Exit goes out after its last output."""
+        if cell.interrupted or cell.killed:
+            self._sweep(cell)  # once more: what it started after the first time
+        cell.ending = True
+        cell.timer = None
+        restarted, self._restarted = self._restarted, False
+        self._hold(cell.channel, Exit(code=code, reason=reason, restarted=restarted, signal=signal_number))
+
+    def _send_held(self) -> None:
+        """Output that is owed first, then what was held back for it; as far as the outbox takes it."""
+        if not self._held:
+            return
+        channel = self._held[0][1]
+        for number, stream in enumerate(self._output.streams):
+            while self._owed[number]:
+                if self._host.full:
+                    return
+                data = stream.read(self._owed[number])
+                # User code can read its own pipe empty through /proc/self/fd; then nothing is owed any more.
+                self._owed[number] = self._owed[number] - len(data) if data else 0
+                if data:
+                    self._host.send(stream.kind, channel, data)
+        for kind, to, payload in self._held:
+            self._host.send(kind, to, payload)
+        self._held.clear()
+        if self._cell is not None and self._cell.ending:
+            self._cell = None

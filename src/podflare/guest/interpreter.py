@@ -1,0 +1,130 @@
+"""The agent's side of the REPL: start it by fork, talk to it, start it anew when it is gone.
+
+What comes from it was written by a process in which user code runs, so it is decoded as strictly as the host
+decodes what comes from us.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import time
+from typing import Callable, List, Optional, Tuple, Union
+
+from podflare.errors import ProtocolError
+from podflare.guest import processes, repl
+from podflare.guest.link import Link
+from podflare.guest.output import Output
+from podflare.wire import frames
+from podflare.wire.messages import Error, Exit, Ready, Result, from_guest
+
+MAX_FAILED_STARTS = 3
+_SITE_STARTS = 2
+"""So many failed starts may be the fault of the user's own site configuration; then it is left out."""
+_FORK_TRIES = 50
+_FORK_WAIT_S = 0.01
+
+
+class GuestBroken(Exception):
+    """No REPL can be started: the machine is of no more use."""
+
+
+class Interpreter:
+    """The one REPL of the machine."""
+
+    def __init__(self, output: Output, census: processes.Census, home: str, before_repl: Callable[[], None]) -> None:
+        self._output = output
+        self._census = census
+        self._home = home
+        self._before_repl = before_repl
+        self._failed_starts = 0
+        self.pid = 0
+        self.python: Optional[str] = None
+        """Version of the template's interpreter, from the moment on when the REPL waits for cells."""
+        self.link: Optional[Link] = None
+
+    def start(self) -> None:
+        """Fork a REPL.  Does not wait for it; cells sent before it is ready wait in its socket.
+
+        Precondition: this process has one thread.
+        Raises: GuestBroken after MAX_FAILED_STARTS starts in a row that never got ready, or if fork is not possible.
+        """
+        if self._failed_starts >= MAX_FAILED_STARTS:
+            raise GuestBroken(f"the Python process ended {self._failed_starts} times before it was ready")
+        self._failed_starts += 1
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            pid = self._fork()
+            if pid == 0:
+                ours.detach()  # closed with everything else; the object must not close that number again
+                repl.main(
+                    theirs,
+                    (self._output.stdout.write_fd, self._output.stderr.write_fd),
+                    home=self._home,
+                    before_repl=self._before_repl,
+                    with_site=self._failed_starts <= _SITE_STARTS,
+                )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self.pid, self.link = pid, Link(ours)
+
+    def _fork(self) -> int:
+        for _ in range(_FORK_TRIES):
+            try:
+                return os.fork()
+            except OSError as exc:
+                if exc.errno not in (errno.EAGAIN, errno.ENOMEM):
+                    raise
+            # Background processes of the user hold the whole process limit or memory: the REPL goes first.
+            self._census.end_all()
+            time.sleep(_FORK_WAIT_S)  # the kernel frees what was killed in its own time; nothing tells when
+            processes.reap()
+        raise GuestBroken("no process can be started any more")
+
+    def receive(self) -> List[Tuple[int, Union[Result, Error, Exit]]]:
+        """(channel, message) of what the REPL says of a cell; Ready is taken out and noted.
+
+        Raises: EOFError when the REPL is gone; ProtocolError if it sent anything else.
+        """
+        assert self.link is not None
+        checked: List[Tuple[int, Union[Result, Error, Exit]]] = []
+        for frame in self.link.receive():
+            if frame.kind != frames.MESSAGE:
+                raise ProtocolError(f"the Python process sent a frame of kind {frame.kind}")
+            message = from_guest(frame.payload)
+            if isinstance(message, Ready):
+                self._failed_starts = 0
+                self.python = message.python
+            elif isinstance(message, (Result, Error, Exit)):
+                checked.append((frame.channel, message))
+            else:
+                raise ProtocolError(f"the Python process sent {message.op!r}")
+        return checked
+
+    def kill(self) -> None:
+        """SIGKILL; the end is seen by reaping."""
+        processes.send_signal(self.pid, signal.SIGKILL)
+
+    def close_link(self) -> None:
+        """After its end: forget the channel."""
+        if self.link is not None:
+            self.link.sock.close()
+            self.link = None
+
+
+def describe_end(status: int) -> Tuple[int, int, str]:
+    """(exit code as a shell gives it, signal or 0, words) of a wait status."""
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        try:
+            name = signal.Signals(number).name
+        except ValueError:
+            name = f"signal {number}"
+        return 128 + number, number, f"was ended by {name}"
+    code = os.WEXITSTATUS(status)
+    return code, 0, f"exited with status {code}"

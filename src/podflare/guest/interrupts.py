@@ -1,0 +1,61 @@
+"""When SIGINT may become a KeyboardInterrupt: only while user code of a cell runs.
+
+Knows nothing of cells.  Main thread only, where Python runs signal handlers.
+"""
+
+from __future__ import annotations
+
+import _thread
+import signal
+from types import FrameType
+from typing import Optional
+
+
+class InterruptGate:
+    """The SIGINT handler with its state.  A SIGINT outside of `arm` ... `disarm` is dropped."""
+
+    def __init__(self) -> None:
+        self._armed = False
+        self._shielded = False
+        self._pending = False
+        self._main_thread = _thread.get_ident()
+
+    def arm(self) -> None:
+        """From now on SIGINT raises.  Reinstalls the handler, which user code of the last cell may have replaced."""
+        signal.signal(signal.SIGINT, self._handle)
+        self._pending = False
+        self._armed = True
+
+    def disarm(self) -> None:
+        """From the return on, SIGINT is dropped.
+
+        Raises: KeyboardInterrupt if one came before the flag was down; call again then.
+        """
+        self._armed = False
+
+    def shield(self) -> bool:
+        """Put off interrupts until `unshield`, so that a frame is not cut in the middle.
+
+        Returns: what to give to `unshield`.  Other threads than the main one are never interrupted.
+        """
+        if _thread.get_ident() != self._main_thread or self._shielded:
+            return False
+        self._shielded = True
+        return True
+
+    def unshield(self, shielded: bool) -> None:
+        """Raises: KeyboardInterrupt if one was put off."""
+        if not shielded:
+            return
+        self._shielded = False
+        if self._pending:
+            self._pending = False
+            raise KeyboardInterrupt
+
+    def _handle(self, signum: int, frame: Optional[FrameType]) -> None:
+        if not self._armed:
+            return
+        if self._shielded:
+            self._pending = True
+            return
+        raise KeyboardInterrupt

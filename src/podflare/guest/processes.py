@@ -1,0 +1,153 @@
+"""Which processes live below the agent, which of them a cell started, and how to end those.
+
+Reads /proc.  Knows nothing of cells but the mark that the agent takes when one starts.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from typing import Container, Dict, List, Tuple
+
+from podflare.guest import syscalls
+
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+_GENTLE_ROUNDS = 8
+"""Sweeps before a population that grows as fast as it is killed counts as a fork bomb."""
+_MAX_ROUNDS = 200
+_SIGINT_BIT = 1 << (signal.SIGINT - 1)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A moment.  Start times are coarse, so the last pid given out separates the processes of one tick."""
+
+    ticks: int
+    last_pid: int
+
+
+@dataclass(frozen=True)
+class Process:
+    """One row of /proc/<pid>/stat."""
+
+    pid: int
+    parent: int
+    state: str
+    started_ticks: int
+
+
+class Census:
+    """Looks at the processes below the calling one, which becomes the reaper of all of them."""
+
+    def __init__(self) -> None:
+        self.root = os.getpid()
+        if self.root != 1:
+            syscalls.set_child_subreaper()
+        self._loadavg = os.open("/proc/loadavg", os.O_RDONLY | os.O_CLOEXEC)
+
+    def mark(self) -> Mark:
+        """Now."""
+        ticks = time.clock_gettime_ns(time.CLOCK_BOOTTIME) * _TICKS_PER_S // 1_000_000_000
+        # proc_loadavg(5): the last field is the pid most recently given out in the reader's pid namespace.
+        return Mark(ticks, int(os.pread(self._loadavg, 128, 0).rsplit(None, 1)[1]))
+
+    def descendants(self) -> List[Process]:
+        """Every process below this one that has not ended."""
+        table: Dict[int, Process] = {}
+        for name in os.listdir("/proc"):
+            if name.isdigit():
+                process = _read_stat(int(name))
+                if process is not None:
+                    table[process.pid] = process
+        children: Dict[int, List[int]] = {}
+        for process in table.values():
+            children.setdefault(process.parent, []).append(process.pid)
+        found: List[Process] = []
+        stack = list(children.get(self.root, ()))
+        while stack:
+            pid = stack.pop()
+            stack += children.get(pid, ())
+            if table[pid].state not in "ZX":
+                found.append(table[pid])
+        return found
+
+    def end_since(self, mark: Mark, *, spare: Container[int] = ()) -> bool:
+        """SIGKILL every descendant that started after `mark`, but those in `spare`, until there is none.
+
+        Returns: False if they multiplied faster than they could be killed one by one; then everything in the PID
+            namespace was killed, `spare` and older processes included (as pid 1), or some may be left (otherwise).
+        """
+        for round_number in range(_MAX_ROUNDS):
+            fresh = [p for p in self.descendants() if p.pid not in spare and _is_newer(p, mark)]
+            if not fresh:
+                return True
+            for process in fresh:
+                _kill(process.pid)
+            if round_number >= _GENTLE_ROUNDS and self.root == 1:
+                break
+        if self.root == 1:
+            _kill(-1)  # kill(2): everybody but pid 1, at one moment, so that no child escapes
+        return False
+
+    def end_all(self) -> None:
+        """SIGKILL everything below this process."""
+        if self.root == 1:
+            _kill(-1)
+        else:
+            self.end_since(Mark(-1, -1))
+
+
+def reap() -> List[Tuple[int, int]]:
+    """(pid, wait status) of every child that ended, orphans of the sandbox included."""
+    ended: List[Tuple[int, int]] = []
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return ended
+        if pid == 0:
+            return ended
+        ended.append((pid, status))
+
+
+def ignores_sigint(pid: int) -> bool:
+    """Whether the process ignores SIGINT at this moment, as system(3) does while its command runs."""
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:
+            for line in file:
+                if line.startswith(b"SigIgn:"):
+                    return bool(int(line.split()[1], 16) & _SIGINT_BIT)
+    except OSError:
+        pass  # it has ended; the caller hears of that by SIGCHLD
+    return False
+
+
+def send_signal(pid: int, number: int) -> None:
+    """Signal a process or, with a negative pid, a group.  One that is gone already is no error."""
+    try:
+        os.kill(pid, number)
+    except (ProcessLookupError, PermissionError):
+        pass
+
+
+def _kill(pid: int) -> None:
+    send_signal(pid, signal.SIGKILL)
+
+
+def _is_newer(process: Process, mark: Mark) -> bool:
+    if process.started_ticks == mark.ticks:
+        return process.pid > mark.last_pid
+    return process.started_ticks > mark.ticks
+
+
+def _read_stat(pid: int) -> "Process | None":
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            text = file.read()
+    except OSError:
+        return None  # ended between listing and reading
+    # proc_pid_stat(5): the name stands in parentheses and may hold anything, parentheses too.
+    fields = text[text.rfind(b")") + 2 :].split()
+    return Process(pid, int(fields[1]), fields[0].decode("ascii"), int(fields[19]))

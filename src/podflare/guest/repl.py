@@ -1,0 +1,264 @@
+"""The REPL process: reads cells from the agent, runs them in one namespace, reports how they ended.
+
+Output does not pass through here: it goes to the pipes behind file descriptors 1 and 2.  User code shares this
+process and may break anything in it; what must hold whatever happens is the agent's business.
+"""
+
+from __future__ import annotations
+
+import _thread
+import builtins
+import os
+import platform
+import select
+import signal
+import socket
+import sys
+from typing import Any, Callable, Dict, List, NoReturn, Optional, Tuple
+
+from podflare.guest import display, environment, namespace, tracebacks
+from podflare.guest.cells import NO_VALUE, Awaiter, Compiler, exit_status
+from podflare.guest.interrupts import InterruptGate
+from podflare.guest.stdio import StandardStreams, high_copy
+from podflare.wire import frames
+from podflare.wire.events import EXIT_INTERRUPTED
+from podflare.wire.messages import ENDED, INTERRUPTED, Error, Exec, Exit, Message, Ready, Result, from_host, to_payload
+from podflare.wire.version import PROTOCOL
+
+
+def main(
+    control: socket.socket,
+    output: Tuple[int, int],
+    *,
+    home: str,
+    before_repl: Callable[[], None],
+    with_site: bool,
+) -> NoReturn:
+    """Turn this freshly forked child of the agent into a REPL and serve until the agent goes away.
+
+    Args:
+        control: the REPL's end of the socket pair with its agent.
+        output: writing ends of the pipes for stdout and stderr.
+        before_repl: the engine's last step of confinement; if it raises, this process ends.
+        with_site: see namespace.open_paths.
+    """
+    status = 1
+    try:
+        os.setsid()
+        before_repl()
+        link = _AgentLink(_take_over_descriptors(control, output))
+        _default_signals()
+        environment.enter_home(home)
+        repl = Repl(link, StandardStreams())
+        namespace.hide_bundle()
+        namespace.open_paths(with_site=with_site)
+        repl.serve()
+        status = 0
+    except BaseException as exc:  # noqa: BLE001  # whatever it is, this must not return into the agent's code
+        try:
+            os.write(2, f"podflare: the Python process could not go on: {type(exc).__name__}: {exc}\n".encode())
+        except OSError:
+            pass
+    finally:
+        os._exit(status)
+
+
+def _take_over_descriptors(control: socket.socket, output: Tuple[int, int]) -> int:
+    """Put standard streams on 0, 1, 2, the control socket high up; close everything else of the agent."""
+    control_fd = high_copy(control.detach())
+    null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+    for fd, source in enumerate((null, *output)):
+        os.dup2(source, fd)
+    os.set_blocking(control_fd, True)
+    for name in os.listdir("/proc/self/fd"):
+        fd = int(name)
+        if fd > 2 and fd != control_fd:
+            try:
+                os.close(fd)
+            except OSError:
+                pass  # the descriptor of the listing itself
+    return control_fd
+
+
+def _default_signals() -> None:
+    """Undo what the agent ignores: a process that user code starts must be as any other."""
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+class _AgentLink:
+    """The blocking half of the control channel."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._decoder = frames.Decoder()
+        self._received: List[frames.Frame] = []
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLIN)
+
+    def next_frame(self) -> Optional[frames.Frame]:
+        """The next frame; None when the agent is gone."""
+        while not self._received:
+            data = os.read(self._fd, 65536)
+            if not data:
+                return None
+            self._received = self._decoder.feed(data)
+        return self._received.pop(0)
+
+    def has_more(self) -> bool:
+        """Whether the agent sent something that was not read yet."""
+        return bool(self._received) or bool(self._poll.poll(0))
+
+    def send(self, channel: int, message: Message) -> None:
+        data = memoryview(frames.encode(frames.MESSAGE, channel, to_payload(message)))
+        while data:
+            data = data[os.write(self._fd, data) :]
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class Repl:
+    """One namespace and the cells that run in it."""
+
+    def __init__(self, link: _AgentLink, streams: StandardStreams) -> None:
+        self._link = link
+        self._streams = streams
+        self._gate = InterruptGate()
+        self._compiler = Compiler()
+        self._awaiter = Awaiter()
+        self._sources = tracebacks.CellSources()
+        self._main = namespace.make_main()
+        self._pid = os.getpid()
+        self._channel: Optional[int] = None
+        # Other threads may display while the main thread ends the cell.
+        self._send_lock = _thread.allocate_lock()
+        builtins.display = self.display  # type: ignore[attr-defined]  # the builtin that this adds
+
+    def serve(self) -> None:
+        """Run cells until the agent is gone."""
+        os.register_at_fork(after_in_child=self._leave_to_child)
+        self._gate.arm()
+        self._disarm()
+        self._link.send(0, Ready(protocol=PROTOCOL, python=platform.python_version()))
+        while True:
+            frame = self._link.next_frame()
+            if frame is None:
+                return
+            message = from_host(frame.payload)
+            # An Interrupt that is read here came too late: its cell is over.
+            if isinstance(message, Exec):
+                self._serve_cell(frame.channel, message)
+
+    def _serve_cell(self, channel: int, cell: Exec) -> None:
+        self._channel = channel
+        try:
+            code, reason = self._run(cell)
+        except KeyboardInterrupt:
+            code, reason = EXIT_INTERRUPTED, INTERRUPTED
+        self._disarm()
+        if os.getpid() != self._pid:
+            # A child that user code forked reached the end of the cell: it must not speak for the REPL.
+            os._exit(code)
+        with self._send_lock:
+            self._channel = None
+            self._link.send(channel, Exit(code=code, reason=reason))
+
+    def _run(self, cell: Exec) -> Tuple[int, str]:
+        """Exit code and reason.  Raises: KeyboardInterrupt if one comes while the end is being reported."""
+        code, reason = 0, ENDED
+        try:
+            self._gate.arm()
+            self._streams.restore()
+            if self._link.has_more():
+                raise KeyboardInterrupt  # the host interrupted this cell before it began
+            self._execute(cell)
+        except SystemExit as exc:
+            code = self._exit_status(exc)
+        except BaseException as exc:  # noqa: BLE001  # every exception of user code ends here
+            code = 1
+            if isinstance(exc, KeyboardInterrupt):
+                code, reason = EXIT_INTERRUPTED, INTERRUPTED
+            self._report(exc)
+        self._show_figures()
+        self._streams.flush()
+        self._streams.restore()
+        self._streams.flush()
+        return code, reason
+
+    def _execute(self, cell: Exec) -> None:
+        self._sources.add(cell.name, cell.code)
+        compiled = self._compiler.compile(cell.code, cell.name)
+        # The module, not its dict, is kept: user code may put another `__main__` in its place.
+        value = compiled.run(self._main.__dict__, self._awaiter)
+        if value is not NO_VALUE:
+            self._send_result(display.mime_bundle(value, self._note), "value")
+
+    def display(self, *values: Any) -> None:
+        """Show each value in its richest form.  Outside of a cell, or in a forked process, print it."""
+        for value in values:
+            bundle = display.mime_bundle(value, self._note)
+            if not self._send_result(bundle, "display"):
+                print(bundle.get("text/plain", ""))
+
+    def _send_result(self, data: Dict[str, str], kind: str) -> bool:
+        if os.getpid() != self._pid:
+            return False
+        return self._send(Result(data=data, kind=kind))
+
+    def _send(self, message: Message) -> bool:
+        """Send within the running cell; False if there is none."""
+        shielded = self._gate.shield()
+        try:
+            with self._send_lock:
+                if self._channel is None:
+                    return False
+                self._link.send(self._channel, message)
+                return True
+        finally:
+            self._gate.unshield(shielded)
+
+    def _show_figures(self) -> None:
+        if "matplotlib.pyplot" in sys.modules:
+            for bundle in display.take_open_figures(self._note):
+                self._send_result(bundle, "display")
+
+    def _report(self, exc: BaseException) -> None:
+        """Traceback to stderr and the Error message."""
+        tb = tracebacks.user_traceback(exc, self._sources.names)
+        sys.last_type, sys.last_value, sys.last_traceback = type(exc), exc, tb
+        name, value, text = tracebacks.describe(exc, self._sources.names)
+        self._streams.flush()
+        self._streams.restore()
+        self._streams.write_error(text)
+        if os.getpid() == self._pid:
+            self._send(Error(name=name, value=value, traceback=text))
+
+    def _note(self, text: str) -> None:
+        self._streams.write_error(f"podflare: {text}\n")
+
+    def _exit_status(self, exc: SystemExit) -> int:
+        try:
+            return exit_status(exc)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as failure:  # noqa: BLE001  # for example sys.exit(object whose __str__ raises)
+            self._note(f"exit message could not be written: {type(failure).__name__}")
+            return 1
+
+    def _disarm(self) -> None:
+        while True:
+            try:
+                self._gate.disarm()
+                return
+            except KeyboardInterrupt:
+                continue
+
+    def _leave_to_child(self) -> None:
+        """In a child that user code forked: the agent's ear belongs to the parent alone."""
+        try:
+            self._link.close()
+        except OSError:
+            pass

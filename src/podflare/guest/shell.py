@@ -1,0 +1,42 @@
+"""Bash cells: one fresh `bash -c` each, in a process group of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Tuple
+
+from podflare.guest import environment
+
+CANNOT_RUN, NOT_FOUND = 126, 127
+"""Exit codes of a shell that cannot run, or find, a command."""
+_RESET = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGPIPE", "SIGXFSZ", "SIGCHLD"))
+
+
+def start(code: str, output: Tuple[int, int], home: str) -> int:
+    """Pid, session and process group of a new bash that runs `code` in `home` with standard input at end of file.
+
+    Raises: OSError if no process can be made.
+    """
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        signal.set_wakeup_fd(-1)
+        os.setsid()
+        null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        for fd, source in enumerate((null, *output)):
+            os.dup2(source, fd)
+        environment.enter_home(home)
+        for number in _RESET:
+            signal.signal(number, signal.SIG_DFL)
+        # Every other descriptor of the agent is close-on-exec.
+        os.execvp("bash", ["bash", "-c", code])
+    except FileNotFoundError:
+        os.write(2, b"podflare: bash is not installed in this template\n")
+        os._exit(NOT_FOUND)
+    except BaseException as exc:  # noqa: BLE001  # whatever it is, this must not return into the agent's code
+        os.write(2, f"podflare: bash could not be started: {exc}\n".encode("utf-8", "replace"))
+    finally:
+        os._exit(CANNOT_RUN)
+    raise AssertionError("unreachable")
