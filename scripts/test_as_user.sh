@@ -19,7 +19,7 @@ if ! as_user "$venv/bin/python" -c pass; then
   echo "another user cannot run the interpreter of .venv; make it anew: make clean setup PYTHON=/usr/bin/python3"
   exit 1
 fi
-git ls-files -z -- src tests scripts benchmarks pyproject.toml README.md docs examples | tar --null -T - -c | tar -x -C "$home"
+git ls-files -z --cached --others --exclude-standard -- src tests scripts benchmarks pyproject.toml README.md docs examples | tar --null -T - -c | tar -x -C "$home"
 cd "$home"
 # The editable install names the checkout; the copy comes first on the path.
 as_user PYTHONPATH="$home/src" "$venv/bin/python" -m pytest -p no:cacheprovider -m "not soak" "$@"
