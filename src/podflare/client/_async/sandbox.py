@@ -1,0 +1,398 @@
+"""The sandbox as its user holds it.  Everything but its own life cycle is done by a client."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, Generator, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from podflare.client import _config, _embedded
+from podflare.client._async.pty import AsyncPtyNamespace
+from podflare.client._concurrency import in_thread_async, shield_async
+from podflare.client._notices import note, warn
+from podflare.client._types import Event, ExecResult, Language
+from podflare.errors import Conflict, NotBuilt, PodflareError, SandboxNotFound
+
+if TYPE_CHECKING:
+    from podflare.client._async.client import AsyncClient
+    from podflare.client._config import Address
+    from podflare.client._files import Content, LocalPath
+    from podflare.wire.api import SandboxInfo
+
+    # Named here because `list` is a method inside the class.
+    Events = list[Event]
+    Paths = list[str]
+    SandboxInfos = list[SandboxInfo]
+    Sandboxes = list["AsyncSandbox"]
+
+# The client and httpx below it are imported on use: the private daemon starts while they load.
+
+
+class AsyncSandbox:
+    """An isolated Linux sandbox with a live Python REPL.
+
+    `async with AsyncSandbox() as sandbox: ...` or `sandbox = await AsyncSandbox.create()`; closed by leaving the
+    block or by `close()`, else it lives until its idle timeout (a private daemon's: until this process ends).
+    """
+
+    def __init__(
+        self,
+        *,
+        template: str | None = None,
+        region: str | None = None,
+        host: str | None = None,
+        client: AsyncClient | None = None,
+        traceparent: str | None = None,
+        api_key: str | None = None,
+        timeout_seconds: int | None = None,
+        idle_timeout_seconds: int | None = None,
+        ram_mib: int | None = None,
+        rootfs_gb: int | None = None,
+        persistent: bool | None = None,
+        egress: bool | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Describe the sandbox; it comes to be on entering the block or with `create`.
+
+        Args:
+            template: what it starts from; None means the daemon's default.
+            region: a name in PODFLARE_REGIONS; stronger than `host`.
+            host: the daemon's address; None means the environment's, else a private daemon of this process.
+            client: the client to use instead of one of its own; stronger than region, host and credentials.
+            traceparent: W3C trace context sent with every request.
+            api_key: bearer token; None means PODFLARE_API_KEY.
+            timeout_seconds: longest life.
+            idle_timeout_seconds: longest time without use.
+            ram_mib: memory limit.
+            rootfs_gb: limit of what it may write.
+            persistent: keep it as a space when it is idle (not built yet).
+            egress: outbound network; what is not given is told by a PodflareWarning.
+            metadata: labels, shown by `list`.
+        Raises: as `AsyncClient` and `AsyncClient.create_sandbox_info`.
+        """
+        self._owns_client = client is None
+        self._maybe_client = client
+        self._where: dict[str, str | None]
+        self._where = {"host": host, "region": region, "traceparent": traceparent, "api_key": api_key}
+        self._options: dict[str, Any] = {
+            "template": template,
+            "timeout_seconds": timeout_seconds,
+            "idle_timeout_seconds": idle_timeout_seconds,
+            "ram_mib": ram_mib,
+            "rootfs_gb": rootfs_gb,
+            "persistent": persistent,
+            "egress": egress,
+            "metadata": metadata,
+        }
+        self._reset()
+        # sync only: self._open()
+
+    def _reset(self) -> None:
+        self._id: str | None = None
+        self._address: Address | None = None
+        self._closed = False
+        self.pty = AsyncPtyNamespace(self)
+
+    @classmethod
+    async def create(cls, **options: Any) -> AsyncSandbox:
+        """A sandbox that is ready.  Arguments and errors as the constructor."""
+        sandbox = cls(**options)
+        await sandbox._open()  # async only
+        return sandbox
+
+    @classmethod
+    async def connect(
+        cls,
+        sandbox_id: str,
+        *,
+        region: str | None = None,
+        host: str | None = None,
+        client: AsyncClient | None = None,
+        traceparent: str | None = None,
+        api_key: str | None = None,
+    ) -> AsyncSandbox:
+        """A living sandbox, by its id.  Leaving a `with` block closes it, as any other.
+
+        Raises: SandboxNotFound, whose text says why it is gone.
+        """
+        where = {"host": host, "region": region, "traceparent": traceparent, "api_key": api_key}
+        used = client or _new_client(**where)
+        try:
+            await used.get_sandbox(sandbox_id)
+            address = (await used.connection()).address
+        except BaseException:
+            if client is None:
+                await used.close()
+            raise
+        return cls._adopt(sandbox_id, used, address=address, where=where if client is None else None)
+
+    @classmethod
+    def _from_id(cls, sandbox_id: str, client: AsyncClient) -> AsyncSandbox:
+        """The sandbox of an id, unchecked.  The client stays the caller's."""
+        return cls._adopt(sandbox_id, client, address=None, where=None)
+
+    @classmethod
+    def _adopt(
+        cls, sandbox_id: str, client: AsyncClient, *, address: Address | None, where: dict[str, str | None] | None
+    ) -> AsyncSandbox:
+        """A sandbox that exists.  It owns the client if `where` says how that was made."""
+        sandbox = cls.__new__(cls)
+        sandbox._owns_client = where is not None
+        sandbox._maybe_client = client
+        sandbox._where, sandbox._options = where or {}, {}
+        sandbox._reset()
+        sandbox._id, sandbox._address = sandbox_id, address
+        return sandbox
+
+    @classmethod
+    async def resume(
+        cls,
+        space_id: str,
+        *,
+        region: str | None = None,
+        host: str | None = None,
+        client: AsyncClient | None = None,
+        traceparent: str | None = None,
+        api_key: str | None = None,
+        timeout_seconds: int | None = None,
+        idle_timeout_seconds: int | None = None,
+        persistent: bool | None = None,
+        egress: bool | None = None,
+    ) -> AsyncSandbox:
+        """A sandbox from a space.  Raises: NotBuilt if the daemon has no spaces yet."""
+        where = {"host": host, "region": region, "traceparent": traceparent, "api_key": api_key}
+        used = client or _new_client(**where)
+        try:
+            created = await used.resume_space(
+                space_id,
+                timeout_seconds=timeout_seconds,
+                idle_timeout_seconds=idle_timeout_seconds,
+                persistent=persistent,
+                egress=egress,
+            )
+            address = (await used.connection()).address
+        except BaseException:
+            if client is None:
+                await used.close()
+            raise
+        return cls._adopt(created["id"], used, address=address, where=where if client is None else None)
+
+    async def _open(self) -> AsyncSandbox:
+        if self._id is not None:
+            return self
+        client = self._maybe_client
+        if client is None:
+            if _config.find_address(self._where["host"], self._where["region"]) is None:
+                await in_thread_async(_embedded.begin)
+            client = self._maybe_client = _new_client(**self._where)
+        try:
+            created = await client.create_sandbox_info(**self._options)
+            self._id, self._closed = created["id"], False
+            self._address = (await client.connection()).address
+            warn(created.get("warnings"))  # raises where the user made warnings errors
+        except BaseException:
+            await self._abandon(client)
+            raise
+        return self
+
+    async def _abandon(self, client: AsyncClient) -> None:
+        """Leave nothing of a half-made sandbox."""
+        with shield_async(), contextlib.suppress(PodflareError):
+            if self._id is not None:
+                await client.destroy_sandbox(self._id)
+        self._id = None
+        if self._owns_client:
+            self._maybe_client = None
+            await client.close()
+
+    async def __aenter__(self) -> AsyncSandbox:
+        return await self._open()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            await self.close()
+        except PodflareError as failure:
+            if exc is None:
+                raise
+            note(exc, f"besides, {failure}")
+
+    def __await__(self) -> Generator[Any, None, AsyncSandbox]:  # async only
+        return self._open().__await__()  # async only
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else self._id or "not open"
+        return f"<{type(self).__name__} {state}>"
+
+    @property
+    def id(self) -> str:
+        """Raises: Conflict before the sandbox was opened."""
+        if self._id is None:
+            raise Conflict("this sandbox is not open: use `async with`, or `await AsyncSandbox.create()`")
+        return self._id
+
+    def _client_for(self, what: str) -> AsyncClient:
+        """The client, if the sandbox can be there.
+
+        Raises: SandboxNotFound if it was closed here; DaemonUnreachable if its private daemon has ended.
+        """
+        from podflare.client import _errors
+
+        sandbox_id = self.id
+        client = self._maybe_client
+        if self._closed or client is None:
+            raise _errors.closed_here(what, sandbox_id)
+        if self._address is not None and self._daemon_ended():
+            raise _errors.daemon_ended(what, sandbox_id, _embedded.ending(self._address))
+        return client
+
+    def _daemon_ended(self) -> bool:
+        address = self._address
+        return address is not None and address.embedded and not _embedded.is_alive(address)
+
+    async def run_code(self, code: str, language: Language = "python", *, timeout: float | None = None) -> ExecResult:
+        """Run a cell and wait for its end.
+
+        Args:
+            code: a Python cell for the live REPL, or a bash script.
+            language: "python" or "bash".
+            timeout: seconds after which the cell is ended (exit code 124), waiting in the queue not counted.
+        Raises: SandboxNotFound; DeadlineExceeded if the daemon falls silent; ConnectionLost. An exception in the
+            cell is no error: see `ExecResult.error` and `exit_code`.
+        If cancelled or interrupted: the cell is interrupted too.
+        """
+        return await self._client_for("run_code").run(self.id, code, language, timeout=timeout)
+
+    async def run_code_stream(
+        self, code: str, language: Language = "python", *, timeout: float | None = None
+    ) -> AsyncGenerator[Event, None]:
+        """The events of a cell as they come; nothing is sent until iterated.
+
+        Leaving the loop early interrupts the cell. Arguments and errors as `run_code`.
+        """
+        stream = self._client_for("run_code").exec_stream(self.id, code, language, timeout=timeout)
+        async with contextlib.aclosing(stream) as events:
+            async for event in events:
+                yield event
+
+    async def interrupt(self) -> None:
+        """Interrupt the running cell (KeyboardInterrupt in it, its processes ended); nothing if none runs."""
+        await self._client_for("interrupt").interrupt(self.id)
+
+    async def upload(self, local_path: Content | LocalPath, remote_path: str | Content) -> None:
+        """Put bytes, or the local file of a path, under a path in the sandbox; directories are made.
+
+        Source first, destination second; (path, bytes) is understood too.
+        Raises: TypeError for other arguments; OSError if it could not be read or written.
+        """
+        from podflare.client._files import order_upload
+
+        source, destination = order_upload(local_path, remote_path)
+        await self._client_for("upload").upload(self.id, source, destination)
+
+    async def upload_file(self, local_path: LocalPath, remote_path: str) -> None:
+        """Put a local file under a path in the sandbox, in constant memory.  Raises: OSError."""
+        await self._client_for("upload").upload(self.id, local_path, remote_path)
+
+    async def download(self, remote_path: str) -> bytes:
+        """The content of a file in the sandbox.  Raises: OSError (FileMissing, FileAccessError)."""
+        return await self._client_for("download").download(self.id, remote_path)
+
+    async def download_file(self, remote_path: str, local_path: LocalPath) -> int:
+        """Write a sandbox's file to `local_path`, whole or not at all, in constant memory; its size.
+
+        Raises: OSError.
+        """
+        return await self._client_for("download").download_file(self.id, remote_path, local_path)
+
+    async def replay(self) -> Events:
+        """The latest events of all cells, oldest first; `exit` events separate the cells."""
+        return await self._client_for("replay").replay(self.id)
+
+    async def output(self, cell_id: str, stream: str = "stdout") -> bytes:
+        """Everything a recent cell wrote to "stdout" or "stderr", byte for byte, also what its result left out.
+
+        Raises: CellNotFound if it is not kept any more.
+        """
+        return await self._client_for("output").output(self.id, cell_id, stream)
+
+    async def info(self) -> SandboxInfo:
+        """What the daemon says of this sandbox: effective limits, engine, walls in force."""
+        return await self._client_for("look-up").get_sandbox(self.id)
+
+    async def fork(self, n: int = 1) -> Sandboxes:
+        """n copies, memory included.  Raises: ValueError if n is not in 1..32; NotBuilt if there is no fork yet."""
+        client = self._client_for("fork")
+        where = self._where if self._owns_client else None
+        return [
+            # A client of its own, where this sandbox will close the one that it owns.
+            self._adopt(
+                child, _new_client(**where) if where is not None else client, address=self._address, where=where
+            )
+            for child in await client.fork_sandbox(self.id, n)
+        ]
+
+    async def merge_into(self, winner: AsyncSandbox) -> None:
+        """Make this sandbox what `winner` is.  Raises: ValueError if it is itself; NotBuilt if there is none yet."""
+        await self._client_for("merge_into").merge_into(self.id, winner.id)
+        winner._closed = True  # its id is gone, and closing it later is no request
+
+    async def diff(self, other: AsyncSandbox, paths: Paths | None = None) -> dict[str, Paths]:
+        """Raises: NotBuilt in this version."""
+        raise NotBuilt("diff is not built yet in this version of podflare")
+
+    async def close(self) -> None:
+        """End the sandbox.  Idempotent; one that is already gone, with its daemon or without, is closed.
+
+        Raises: DaemonUnreachable, ConnectionLost, DeadlineExceeded if the daemon of an address could not be
+            told: the sandbox may live on, and `close` may be called again.
+        """
+        client = self._maybe_client
+        if self._id is None or client is None:
+            return
+        if not self._closed:
+            with shield_async():
+                await self._destroy(client)
+            self._closed = True
+        if self._owns_client:
+            self._maybe_client = None
+            await client.close()
+
+    async def _destroy(self, client: AsyncClient) -> None:
+        if self._daemon_ended():
+            return
+        try:
+            await client.destroy_sandbox(self.id)
+        except SandboxNotFound:
+            return
+        except PodflareError:
+            if not self._daemon_ended():
+                raise
+
+    aclose = close  # async only
+
+    @classmethod
+    async def list(
+        cls,
+        *,
+        region: str | None = None,
+        host: str | None = None,
+        client: AsyncClient | None = None,
+        traceparent: str | None = None,
+        api_key: str | None = None,
+    ) -> SandboxInfos:
+        """The living sandboxes of this key.  Arguments as the constructor."""
+        used = client or _new_client(host=host, region=region, traceparent=traceparent, api_key=api_key)
+        try:
+            return await used.list_sandboxes()
+        finally:
+            if client is None:
+                await used.close()
+
+
+def _new_client(*, host: str | None, region: str | None, traceparent: str | None, api_key: str | None) -> AsyncClient:
+    from podflare.client._async.client import AsyncClient
+
+    return AsyncClient(host, region=region, traceparent=traceparent, api_key=api_key)

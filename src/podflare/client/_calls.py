@@ -1,0 +1,310 @@
+"""Each operation of the wire as build-request / parse-reply.  Pure: no I/O, no clock, no randomness."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import quote, urlencode
+
+from podflare.client._types import INCOMPLETE, CellError, Event, ExecResult, Result
+from podflare.errors import BadRequest, ProtocolError
+from podflare.wire import events
+from podflare.wire.api import SandboxInfo
+from podflare.wire.codec import encode_object
+
+MAX_LINE_BYTES = 256 * 1024 * 1024
+"""Cap of one NDJSON line: far above what a daemon sends, and a bound on what a broken one can make us keep."""
+MAX_FORKS = 32
+
+
+@dataclass(frozen=True)
+class Call:
+    """One HTTP request, and how to talk about it."""
+
+    method: str
+    path: str
+    """With query, to be put behind the base URL."""
+    what: str
+    """The operation's name in messages."""
+    sandbox_id: str = ""
+    body: bytes | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    repeatable: bool = False
+    """Doing it twice equals doing it once, so a lost connection may be answered by one more try."""
+    is_file: bool = False
+    """A failure is also an OSError, as users of file operations expect."""
+
+
+def _sandbox_path(sandbox_id: str, rest: str = "") -> str:
+    if not isinstance(sandbox_id, str) or not sandbox_id:
+        raise BadRequest(f"a sandbox id is a non-empty string, got {sandbox_id!r:.80}")
+    return f"/v1/sandboxes/{quote(sandbox_id, safe='')}{rest}"
+
+
+def _json_body(body: Mapping[str, Any]) -> bytes:
+    try:
+        return encode_object(dict(body))
+    except (TypeError, ValueError) as exc:
+        raise BadRequest(f"an argument cannot be sent as JSON: {exc}") from exc
+
+
+def healthz() -> Call:
+    return Call("GET", "/v1/healthz", "health check", repeatable=True)
+
+
+def capacity() -> Call:
+    return Call("GET", "/v1/capacity", "capacity", repeatable=True)
+
+
+def create(options: Mapping[str, Any], idempotency_key: str) -> Call:
+    """`options`: keys of wire.api.CreateRequest; those that are None are left out, an empty template too."""
+    body = {key: value for key, value in options.items() if value is not None}
+    if not body.get("template"):
+        body.pop("template", None)
+    # With the key, a repeated create gives the same sandbox instead of a second one.
+    headers = {"idempotency-key": idempotency_key}
+    return Call("POST", "/v1/sandboxes", "create", body=_json_body(body), headers=headers, repeatable=True)
+
+
+def list_sandboxes() -> Call:
+    return Call("GET", "/v1/sandboxes", "list", repeatable=True)
+
+
+def get(sandbox_id: str) -> Call:
+    return Call("GET", _sandbox_path(sandbox_id), "look-up", sandbox_id, repeatable=True)
+
+
+def destroy(sandbox_id: str) -> Call:
+    return Call("DELETE", _sandbox_path(sandbox_id), "close", sandbox_id, repeatable=True)
+
+
+def execute(sandbox_id: str, code: str, language: str, timeout_s: float | None) -> Call:
+    """Raises: TypeError if `code` is not a str; BadRequest for a timeout that is not a positive number."""
+    if not isinstance(code, str):
+        raise TypeError(f"code must be a str, got {type(code).__name__}")
+    body: dict[str, Any] = {"code": code, "language": language}
+    if timeout_s is not None:
+        if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not timeout_s > 0:
+            raise BadRequest(f"timeout must be a positive number of seconds, got {timeout_s!r:.80}")
+        body["timeout_seconds"] = timeout_s
+    return Call("POST", _sandbox_path(sandbox_id, "/exec"), "run_code", sandbox_id, body=_json_body(body))
+
+
+def interrupt(sandbox_id: str) -> Call:
+    return Call("POST", _sandbox_path(sandbox_id, "/interrupt"), "interrupt", sandbox_id)
+
+
+def replay(sandbox_id: str) -> Call:
+    return Call("GET", _sandbox_path(sandbox_id, "/replay"), "replay", sandbox_id, repeatable=True)
+
+
+def output(sandbox_id: str, cell_id: str, stream: str) -> Call:
+    rest = f"/cells/{quote(cell_id, safe='')}/output?{urlencode({'stream': stream})}"
+    return Call("GET", _sandbox_path(sandbox_id, rest), "output", sandbox_id, repeatable=True)
+
+
+def upload(sandbox_id: str, remote_path: str, size_bytes: int | None) -> Call:
+    headers = {"content-type": "application/octet-stream"}
+    if size_bytes is not None:
+        headers["content-length"] = str(size_bytes)
+    return Call("PUT", _file_path(sandbox_id, remote_path), "upload", sandbox_id, headers=headers, is_file=True)
+
+
+def download(sandbox_id: str, remote_path: str) -> Call:
+    return Call("GET", _file_path(sandbox_id, remote_path), "download", sandbox_id, is_file=True)
+
+
+def _file_path(sandbox_id: str, remote_path: str) -> str:
+    if not isinstance(remote_path, str):
+        raise TypeError(f"the path in the sandbox must be a str, got {type(remote_path).__name__}")
+    return _sandbox_path(sandbox_id, "/files?path=" + quote(remote_path, safe="", errors="surrogateescape"))
+
+
+def fork(sandbox_id: str, n: int) -> Call:
+    """Raises: ValueError (BadRequest) if n is not in 1..32."""
+    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= MAX_FORKS:
+        raise BadRequest(f"fork(n): n must be an integer from 1 to {MAX_FORKS}, got {n!r:.80}")
+    return Call("POST", _sandbox_path(sandbox_id, "/fork"), "fork", sandbox_id, body=_json_body({"n": n}))
+
+
+def merge(parent_id: str, winner_id: str) -> Call:
+    """Raises: ValueError (BadRequest) if both are the same sandbox."""
+    if parent_id == winner_id:
+        raise BadRequest(f"merge_into: {parent_id} cannot be merged into itself")
+    rest = f"/merge_into/{quote(winner_id, safe='')}"
+    return Call("POST", _sandbox_path(parent_id, rest), "merge_into", parent_id)
+
+
+def resume(space_id: str, options: Mapping[str, Any]) -> Call:
+    body = {key: value for key, value in options.items() if value is not None}
+    return Call("POST", f"/v1/spaces/{quote(space_id, safe='')}/resume", "resume", body=_json_body(body))
+
+
+def delete_space(space_id: str) -> Call:
+    return Call("DELETE", f"/v1/spaces/{quote(space_id, safe='')}", "delete space", repeatable=True)
+
+
+def parse_object(call: Call, body: bytes) -> dict[str, Any]:
+    """Raises: ProtocolError if the daemon's answer is not a JSON object."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError) as exc:
+        raise ProtocolError(f"{call.what}: the answer is not JSON ({exc}): is the address a podflare daemon?") from exc
+    if not isinstance(value, dict):
+        raise ProtocolError(f"{call.what}: the answer is not a JSON object: {value!r:.200}")
+    return value
+
+
+def parse_created(call: Call, body: bytes) -> dict[str, Any]:
+    """The create answer; its `id` is sure to be a string."""
+    value = parse_object(call, body)
+    if not isinstance(value.get("id"), str) or not value["id"]:
+        raise ProtocolError(f"{call.what}: the answer has no sandbox id: {value!r:.200}")
+    return value
+
+
+def parse_children(call: Call, body: bytes) -> list[str]:
+    children = parse_object(call, body).get("children")
+    if not isinstance(children, list) or not all(isinstance(child, str) for child in children):
+        raise ProtocolError(f"{call.what}: the answer has no list of children")
+    return children
+
+
+def parse_info(value: Mapping[str, Any]) -> SandboxInfo:
+    """What the daemon says of a sandbox.  Lenient: other versions know other keys; missing ones get neutral values."""
+
+    def whole(key: str) -> int:
+        return value[key] if isinstance(value.get(key), int) else 0
+
+    def optional(key: str) -> int | None:
+        return value[key] if isinstance(value.get(key), int) else None
+
+    metadata = value.get("metadata")
+    return SandboxInfo(
+        id=str(value.get("id", "")),
+        state=str(value.get("state", "")),
+        template=str(value.get("template", "")),
+        engine=str(value.get("engine", "")),
+        isolation=parse_texts(value.get("isolation")),
+        egress=value.get("egress") is True,
+        ram_mib=whole("ram_mib"),
+        rootfs_gb=whole("rootfs_gb"),
+        timeout_seconds=optional("timeout_seconds"),
+        idle_timeout_seconds=optional("idle_timeout_seconds"),
+        persistent=value.get("persistent") is True,
+        created_at_ms=whole("created_at_ms"),
+        metadata=dict(metadata) if isinstance(metadata, dict) else {},
+        warnings=parse_texts(value.get("warnings")),
+    )
+
+
+def parse_texts(value: Any) -> tuple[str, ...]:
+    return tuple(str(item) for item in value) if isinstance(value, list) else ()
+
+
+def parse_list(call: Call, body: bytes) -> tuple[SandboxInfo, ...]:
+    sandboxes = parse_object(call, body).get("sandboxes")
+    if not isinstance(sandboxes, list) or not all(isinstance(item, dict) for item in sandboxes):
+        raise ProtocolError(f"{call.what}: the answer has no list of sandboxes")
+    return tuple(parse_info(item) for item in sandboxes)
+
+
+class EventReader:
+    """Bytes of an NDJSON stream, cut anywhere -> events.  Empty lines are heartbeats."""
+
+    def __init__(self) -> None:
+        self._partial: list[bytes] = []
+        self._held = 0
+
+    def feed(self, data: bytes) -> list[Event]:
+        """Events completed by `data`.
+
+        Raises: ProtocolError for a line that is no event, or one above MAX_LINE_BYTES.
+        """
+        head, newline, rest = data.partition(b"\n")
+        if not newline:
+            self._hold(data)
+            return []
+        if self._partial:
+            self._hold(head)
+            head = b"".join(self._partial)
+            self._partial, self._held = [], 0
+        lines = [head, *rest.split(b"\n")]
+        if tail := lines.pop():
+            self._hold(tail)
+        return [self._event(line) for line in lines if line and line != b"\r"]
+
+    def finish(self) -> list[Event]:
+        """The event of a last line without newline, if there is one."""
+        line = b"".join(self._partial)
+        self._partial, self._held = [], 0
+        return [self._event(line)] if line.strip() else []
+
+    def _hold(self, data: bytes) -> None:
+        self._held += len(data)
+        if self._held > MAX_LINE_BYTES:
+            raise ProtocolError(f"the daemon sent a line above {MAX_LINE_BYTES} bytes")
+        self._partial.append(data)
+
+    @staticmethod
+    def _event(line: bytes) -> Event:
+        try:
+            body = json.loads(line)
+        except (ValueError, RecursionError) as exc:
+            raise ProtocolError(f"the daemon sent a line that is not JSON: {line!r:.200}") from exc
+        return Event.from_json(body)
+
+
+class ResultBuilder:
+    """Events of one cell, in order -> its ExecResult.  Unknown event types are ignored (newer daemons)."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, list[str]] = {events.STDOUT: [], events.STDERR: []}
+        self._results: list[Result] = []
+        self._error: CellError | None = None
+        self._exit: Event | None = None
+
+    def add(self, new: Iterable[Event]) -> None:
+        for event in new:
+            if event.type in self._lines:
+                self._lines[event.type].append(str(event.data))
+            elif event.type == events.EXIT:
+                self._exit = event
+            elif event.type == events.RESULT and isinstance(event.data, dict):
+                self._results.append(Result(event.data, str(event.extra.get("kind", "value"))))
+            elif event.type == events.ERROR and isinstance(event.data, dict):
+                texts = (str(event.data.get(key, "")) for key in ("name", "value", "traceback"))
+                self._error = CellError(*texts)
+
+    def build(self) -> ExecResult:
+        """A stream that ended without an exit event gives exit code -1 and reason "incomplete"."""
+        extra: Mapping[str, Any] = self._exit.extra if self._exit else {"reason": INCOMPLETE}
+        return ExecResult(
+            stdout="\n".join(self._lines[events.STDOUT]),
+            stderr="\n".join(self._lines[events.STDERR]),
+            exit_code=_exit_code(self._exit),
+            results=self._results,
+            error=self._error,
+            duration=_number(extra, "duration_ms") / 1000,
+            cell_id=str(extra.get("cell_id", "")),
+            reason=str(extra.get("reason", "ended")),
+            restarted=extra.get("restarted") is True,
+            stdout_dropped_bytes=int(_number(extra, "stdout_dropped_bytes")),
+            stderr_dropped_bytes=int(_number(extra, "stderr_dropped_bytes")),
+        )
+
+
+def _exit_code(event: Event | None) -> int:
+    if event is None:
+        return -1
+    try:
+        return int(event.data)
+    except (TypeError, ValueError, OverflowError) as exc:
+        raise ProtocolError(f"the daemon sent the exit code {event.data!r:.80}") from exc
+
+
+def _number(extra: Mapping[str, Any], key: str) -> float:
+    value = extra.get(key)
+    return value if isinstance(value, (int, float)) else 0

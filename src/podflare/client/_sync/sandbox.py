@@ -1,0 +1,391 @@
+# Generated from _async/sandbox.py by scripts/unasync.py: change that file, not this one.
+"""The sandbox as its user holds it.  Everything but its own life cycle is done by a client."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from podflare.client import _config, _embedded
+from podflare.client._concurrency import in_thread_sync, shield_sync
+from podflare.client._notices import note, warn
+from podflare.client._sync.pty import PtyNamespace
+from podflare.client._types import Event, ExecResult, Language
+from podflare.errors import Conflict, NotBuilt, PodflareError, SandboxNotFound
+
+if TYPE_CHECKING:
+    from podflare.client._config import Address
+    from podflare.client._files import Content, LocalPath
+    from podflare.client._sync.client import Client
+    from podflare.wire.api import SandboxInfo
+
+    # Named here because `list` is a method inside the class.
+    Events = list[Event]
+    Paths = list[str]
+    SandboxInfos = list[SandboxInfo]
+    Sandboxes = list["Sandbox"]
+
+# The client and httpx below it are imported on use: the private daemon starts while they load.
+
+
+class Sandbox:
+    """An isolated Linux sandbox with a live Python REPL.
+
+    Closed by leaving the
+    block or by `close()`, else it lives until its idle timeout (a private daemon's: until this process ends).
+    """
+
+    def __init__(
+        self,
+        *,
+        template: str | None = None,
+        region: str | None = None,
+        host: str | None = None,
+        client: Client | None = None,
+        traceparent: str | None = None,
+        api_key: str | None = None,
+        timeout_seconds: int | None = None,
+        idle_timeout_seconds: int | None = None,
+        ram_mib: int | None = None,
+        rootfs_gb: int | None = None,
+        persistent: bool | None = None,
+        egress: bool | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Make a sandbox, ready for use.
+
+        Args:
+            template: what it starts from; None means the daemon's default.
+            region: a name in PODFLARE_REGIONS; stronger than `host`.
+            host: the daemon's address; None means the environment's, else a private daemon of this process.
+            client: the client to use instead of one of its own; stronger than region, host and credentials.
+            traceparent: W3C trace context sent with every request.
+            api_key: bearer token; None means PODFLARE_API_KEY.
+            timeout_seconds: longest life.
+            idle_timeout_seconds: longest time without use.
+            ram_mib: memory limit.
+            rootfs_gb: limit of what it may write.
+            persistent: keep it as a space when it is idle (not built yet).
+            egress: outbound network; what is not given is told by a PodflareWarning.
+            metadata: labels, shown by `list`.
+        Raises: as `Client` and `Client.create_sandbox_info`.
+        """
+        self._owns_client = client is None
+        self._maybe_client = client
+        self._where: dict[str, str | None]
+        self._where = {"host": host, "region": region, "traceparent": traceparent, "api_key": api_key}
+        self._options: dict[str, Any] = {
+            "template": template,
+            "timeout_seconds": timeout_seconds,
+            "idle_timeout_seconds": idle_timeout_seconds,
+            "ram_mib": ram_mib,
+            "rootfs_gb": rootfs_gb,
+            "persistent": persistent,
+            "egress": egress,
+            "metadata": metadata,
+        }
+        self._reset()
+        self._open()
+
+    def _reset(self) -> None:
+        self._id: str | None = None
+        self._address: Address | None = None
+        self._closed = False
+        self.pty = PtyNamespace(self)
+
+    @classmethod
+    def create(cls, **options: Any) -> Sandbox:
+        """A sandbox that is ready.  Arguments and errors as the constructor."""
+        return cls(**options)
+
+    @classmethod
+    def connect(
+        cls,
+        sandbox_id: str,
+        *,
+        region: str | None = None,
+        host: str | None = None,
+        client: Client | None = None,
+        traceparent: str | None = None,
+        api_key: str | None = None,
+    ) -> Sandbox:
+        """A living sandbox, by its id.  Leaving a `with` block closes it, as any other.
+
+        Raises: SandboxNotFound, whose text says why it is gone.
+        """
+        where = {"host": host, "region": region, "traceparent": traceparent, "api_key": api_key}
+        used = client or _new_client(**where)
+        try:
+            used.get_sandbox(sandbox_id)
+            address = (used.connection()).address
+        except BaseException:
+            if client is None:
+                used.close()
+            raise
+        return cls._adopt(sandbox_id, used, address=address, where=where if client is None else None)
+
+    @classmethod
+    def _from_id(cls, sandbox_id: str, client: Client) -> Sandbox:
+        """The sandbox of an id, unchecked.  The client stays the caller's."""
+        return cls._adopt(sandbox_id, client, address=None, where=None)
+
+    @classmethod
+    def _adopt(
+        cls, sandbox_id: str, client: Client, *, address: Address | None, where: dict[str, str | None] | None
+    ) -> Sandbox:
+        """A sandbox that exists.  It owns the client if `where` says how that was made."""
+        sandbox = cls.__new__(cls)
+        sandbox._owns_client = where is not None
+        sandbox._maybe_client = client
+        sandbox._where, sandbox._options = where or {}, {}
+        sandbox._reset()
+        sandbox._id, sandbox._address = sandbox_id, address
+        return sandbox
+
+    @classmethod
+    def resume(
+        cls,
+        space_id: str,
+        *,
+        region: str | None = None,
+        host: str | None = None,
+        client: Client | None = None,
+        traceparent: str | None = None,
+        api_key: str | None = None,
+        timeout_seconds: int | None = None,
+        idle_timeout_seconds: int | None = None,
+        persistent: bool | None = None,
+        egress: bool | None = None,
+    ) -> Sandbox:
+        """A sandbox from a space.  Raises: NotBuilt if the daemon has no spaces yet."""
+        where = {"host": host, "region": region, "traceparent": traceparent, "api_key": api_key}
+        used = client or _new_client(**where)
+        try:
+            created = used.resume_space(
+                space_id,
+                timeout_seconds=timeout_seconds,
+                idle_timeout_seconds=idle_timeout_seconds,
+                persistent=persistent,
+                egress=egress,
+            )
+            address = (used.connection()).address
+        except BaseException:
+            if client is None:
+                used.close()
+            raise
+        return cls._adopt(created["id"], used, address=address, where=where if client is None else None)
+
+    def _open(self) -> Sandbox:
+        if self._id is not None:
+            return self
+        client = self._maybe_client
+        if client is None:
+            if _config.find_address(self._where["host"], self._where["region"]) is None:
+                in_thread_sync(_embedded.begin)
+            client = self._maybe_client = _new_client(**self._where)
+        try:
+            created = client.create_sandbox_info(**self._options)
+            self._id, self._closed = created["id"], False
+            self._address = (client.connection()).address
+            warn(created.get("warnings"))  # raises where the user made warnings errors
+        except BaseException:
+            self._abandon(client)
+            raise
+        return self
+
+    def _abandon(self, client: Client) -> None:
+        """Leave nothing of a half-made sandbox."""
+        with shield_sync(), contextlib.suppress(PodflareError):
+            if self._id is not None:
+                client.destroy_sandbox(self._id)
+        self._id = None
+        if self._owns_client:
+            self._maybe_client = None
+            client.close()
+
+    def __enter__(self) -> Sandbox:
+        return self._open()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except PodflareError as failure:
+            if exc is None:
+                raise
+            note(exc, f"besides, {failure}")
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else self._id or "not open"
+        return f"<{type(self).__name__} {state}>"
+
+    @property
+    def id(self) -> str:
+        """Raises: Conflict before the sandbox was opened."""
+        if self._id is None:
+            raise Conflict("this sandbox was not made: its constructor failed")
+        return self._id
+
+    def _client_for(self, what: str) -> Client:
+        """The client, if the sandbox can be there.
+
+        Raises: SandboxNotFound if it was closed here; DaemonUnreachable if its private daemon has ended.
+        """
+        from podflare.client import _errors
+
+        sandbox_id = self.id
+        client = self._maybe_client
+        if self._closed or client is None:
+            raise _errors.closed_here(what, sandbox_id)
+        if self._address is not None and self._daemon_ended():
+            raise _errors.daemon_ended(what, sandbox_id, _embedded.ending(self._address))
+        return client
+
+    def _daemon_ended(self) -> bool:
+        address = self._address
+        return address is not None and address.embedded and not _embedded.is_alive(address)
+
+    def run_code(self, code: str, language: Language = "python", *, timeout: float | None = None) -> ExecResult:
+        """Run a cell and wait for its end.
+
+        Args:
+            code: a Python cell for the live REPL, or a bash script.
+            language: "python" or "bash".
+            timeout: seconds after which the cell is ended (exit code 124), waiting in the queue not counted.
+        Raises: SandboxNotFound; DeadlineExceeded if the daemon falls silent; ConnectionLost. An exception in the
+            cell is no error: see `ExecResult.error` and `exit_code`.
+        If interrupted (Ctrl-C): the cell is interrupted too.
+        """
+        return self._client_for("run_code").run(self.id, code, language, timeout=timeout)
+
+    def run_code_stream(
+        self, code: str, language: Language = "python", *, timeout: float | None = None
+    ) -> Generator[Event, None, None]:
+        """The events of a cell as they come; nothing is sent until iterated.
+
+        Leaving the loop early interrupts the cell. Arguments and errors as `run_code`.
+        """
+        stream = self._client_for("run_code").exec_stream(self.id, code, language, timeout=timeout)
+        with contextlib.closing(stream) as events:
+            yield from events
+
+    def interrupt(self) -> None:
+        """Interrupt the running cell (KeyboardInterrupt in it, its processes ended); nothing if none runs."""
+        self._client_for("interrupt").interrupt(self.id)
+
+    def upload(self, local_path: Content | LocalPath, remote_path: str | Content) -> None:
+        """Put bytes, or the local file of a path, under a path in the sandbox; directories are made.
+
+        Source first, destination second; (path, bytes) is understood too.
+        Raises: TypeError for other arguments; OSError if it could not be read or written.
+        """
+        from podflare.client._files import order_upload
+
+        source, destination = order_upload(local_path, remote_path)
+        self._client_for("upload").upload(self.id, source, destination)
+
+    def upload_file(self, local_path: LocalPath, remote_path: str) -> None:
+        """Put a local file under a path in the sandbox, in constant memory.  Raises: OSError."""
+        self._client_for("upload").upload(self.id, local_path, remote_path)
+
+    def download(self, remote_path: str) -> bytes:
+        """The content of a file in the sandbox.  Raises: OSError (FileMissing, FileAccessError)."""
+        return self._client_for("download").download(self.id, remote_path)
+
+    def download_file(self, remote_path: str, local_path: LocalPath) -> int:
+        """Write a sandbox's file to `local_path`, whole or not at all, in constant memory; its size.
+
+        Raises: OSError.
+        """
+        return self._client_for("download").download_file(self.id, remote_path, local_path)
+
+    def replay(self) -> Events:
+        """The latest events of all cells, oldest first; `exit` events separate the cells."""
+        return self._client_for("replay").replay(self.id)
+
+    def output(self, cell_id: str, stream: str = "stdout") -> bytes:
+        """Everything a recent cell wrote to "stdout" or "stderr", byte for byte, also what its result left out.
+
+        Raises: CellNotFound if it is not kept any more.
+        """
+        return self._client_for("output").output(self.id, cell_id, stream)
+
+    def info(self) -> SandboxInfo:
+        """What the daemon says of this sandbox: effective limits, engine, walls in force."""
+        return self._client_for("look-up").get_sandbox(self.id)
+
+    def fork(self, n: int = 1) -> Sandboxes:
+        """n copies, memory included.  Raises: ValueError if n is not in 1..32; NotBuilt if there is no fork yet."""
+        client = self._client_for("fork")
+        where = self._where if self._owns_client else None
+        return [
+            # A client of its own, where this sandbox will close the one that it owns.
+            self._adopt(
+                child, _new_client(**where) if where is not None else client, address=self._address, where=where
+            )
+            for child in client.fork_sandbox(self.id, n)
+        ]
+
+    def merge_into(self, winner: Sandbox) -> None:
+        """Make this sandbox what `winner` is.  Raises: ValueError if it is itself; NotBuilt if there is none yet."""
+        self._client_for("merge_into").merge_into(self.id, winner.id)
+        winner._closed = True  # its id is gone, and closing it later is no request
+
+    def diff(self, other: Sandbox, paths: Paths | None = None) -> dict[str, Paths]:
+        """Raises: NotBuilt in this version."""
+        raise NotBuilt("diff is not built yet in this version of podflare")
+
+    def close(self) -> None:
+        """End the sandbox.  Idempotent; one that is already gone, with its daemon or without, is closed.
+
+        Raises: DaemonUnreachable, ConnectionLost, DeadlineExceeded if the daemon of an address could not be
+            told: the sandbox may live on, and `close` may be called again.
+        """
+        client = self._maybe_client
+        if self._id is None or client is None:
+            return
+        if not self._closed:
+            with shield_sync():
+                self._destroy(client)
+            self._closed = True
+        if self._owns_client:
+            self._maybe_client = None
+            client.close()
+
+    def _destroy(self, client: Client) -> None:
+        if self._daemon_ended():
+            return
+        try:
+            client.destroy_sandbox(self.id)
+        except SandboxNotFound:
+            return
+        except PodflareError:
+            if not self._daemon_ended():
+                raise
+
+    @classmethod
+    def list(
+        cls,
+        *,
+        region: str | None = None,
+        host: str | None = None,
+        client: Client | None = None,
+        traceparent: str | None = None,
+        api_key: str | None = None,
+    ) -> SandboxInfos:
+        """The living sandboxes of this key.  Arguments as the constructor."""
+        used = client or _new_client(host=host, region=region, traceparent=traceparent, api_key=api_key)
+        try:
+            return used.list_sandboxes()
+        finally:
+            if client is None:
+                used.close()
+
+
+def _new_client(*, host: str | None, region: str | None, traceparent: str | None, api_key: str | None) -> Client:
+    from podflare.client._sync.client import Client
+
+    return Client(host, region=region, traceparent=traceparent, api_key=api_key)

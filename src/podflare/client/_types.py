@@ -1,0 +1,92 @@
+"""Values that the SDK hands to its user.  No I/O."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from podflare.wire.events import Event
+
+__all__ = ["CellError", "Event", "ExecResult", "Language", "PtySessionInfo", "Result"]
+
+Language = Literal["python", "bash"]
+
+INCOMPLETE = "incomplete"
+"""`reason` of a result whose stream ended without an exit event; its exit code is -1."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A rich value of a cell: its last expression (`kind` "value") or something displayed ("display")."""
+
+    data: Mapping[str, Any]
+    """Mime type -> representation; binary ones in base64, as in Jupyter."""
+    kind: str = "value"
+
+    @property
+    def text(self) -> str:
+        """text/plain, or ""."""
+        return str(self.data.get("text/plain", ""))
+
+    @property
+    def html(self) -> str | None:
+        return self.data.get("text/html")
+
+    @property
+    def png(self) -> bytes | None:
+        """The image/png form, decoded."""
+        encoded = self.data.get("image/png")
+        return None if encoded is None else base64.b64decode(encoded)
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
+        """Lets a notebook show the result as the sandbox's REPL would."""
+        return dict(self.data)
+
+
+@dataclass(frozen=True)
+class CellError:
+    """The exception that ended a cell."""
+
+    name: str
+    value: str
+    traceback: str
+
+
+@dataclass
+class ExecResult:
+    """What a cell gave.
+
+    `stdout` and `stderr` are the lines joined by "\\n", without the last newline.
+    """
+
+    stdout: str
+    stderr: str
+    exit_code: int
+    results: list[Result] = field(default_factory=list)
+    error: CellError | None = None
+    duration: float = 0.0
+    """Seconds, measured by the daemon."""
+    cell_id: str = ""
+    reason: str = "ended"
+    """ended | interrupted | timed_out | died | out_of_memory | disconnected | sandbox_failed | incomplete."""
+    restarted: bool = False
+    """The REPL had to be started anew: its variables are gone."""
+    stdout_dropped_bytes: int = 0
+    """Left out of the middle of `stdout`; `Sandbox.output(cell_id)` has the whole."""
+    stderr_dropped_bytes: int = 0
+
+    @property
+    def ok(self) -> bool:
+        return self.exit_code == 0
+
+
+@dataclass
+class PtySessionInfo:
+    """One terminal of a sandbox."""
+
+    pty_id: str
+    cmd_label: str
+    created_at_ms: int
+    exit_code: int | None = None
