@@ -7,9 +7,10 @@ PY := .venv/bin/python
 # As another user than the checkout's owner there is nowhere to keep pytest's cache.
 PYTEST := $(PY) -m pytest $(shell test -w . || echo -p no:cacheprovider)
 TESTS ?= tests
+USER_TESTS ?= tests/contract tests/security
 ARGS ?=
 
-.PHONY: help setup demo test test-unit check format docs bench soak lock clean
+.PHONY: help setup demo test test-user test-unit check format docs bench soak lock clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,9 +21,13 @@ setup: ## make .venv with every extra (quick when nothing changed)
 demo: setup ## an agent works in a sandbox over several turns
 	@$(PY) -m podflare demo $(ARGS)
 
-test: ## set up and run every test but the soak ones
+test: ## set up and run every test but the soak ones; as root, the user-dependent ones once more as nobody
 	@scripts/setup.sh --real-client
 	$(PYTEST) -m "not soak" $(TESTS) $(ARGS)
+	@if [ "$(TESTS)" = tests ] && [ "$$(id -u)" = 0 ]; then $(MAKE) test-user; fi
+
+test-user: setup ## as root: the tests that differ by user id, as an ordinary user
+	scripts/test_as_user.sh $(USER_TESTS) $(ARGS)
 
 test-unit: setup ## the tests that need no kernel feature: unit and contract
 	$(PYTEST) -m "not soak" tests/unit tests/contract $(ARGS)
