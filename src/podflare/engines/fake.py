@@ -1,0 +1,149 @@
+"""An engine without any isolation: the real guest in an ordinary child process.  For tests only.
+
+Passes the engine contract suite, so that everything above engines can be tested on any computer without rights.
+User code runs as the daemon's user with all its files and network: no configuration may ever select this engine.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import anyio
+import anyio.abc
+
+from podflare.engines.base import Death, EngineReport, Limits, Machine, MachineSpec, Usage, Wall
+from podflare.engines.bundle import build_bundle
+from podflare.errors import DeadlineExceeded, MachineFailed, UnknownTemplate
+
+_END_TIMEOUT_S = 10.0
+
+
+class FakeMachine:
+    """One guest agent as a child process, with a temporary directory as home."""
+
+    walls: tuple[Wall, ...] = ()
+
+    def __init__(
+        self, spec: MachineSpec, channel: socket.socket, process: anyio.abc.Process, home: Path, owner: FakeEngine
+    ) -> None:
+        self.id = f"fake-{secrets.token_hex(8)}"
+        self.spec = spec
+        self.channel = channel
+        self.home = home
+        self._process = process
+        self._owner = owner
+        self._closing = anyio.Lock()
+        self._closed = False
+
+    @property
+    def agent_pid(self) -> int:
+        """The guest agent, for tests that look at it from outside."""
+        return self._process.pid
+
+    async def set_limits(self, limits: Limits) -> None:
+        """Only noted: nothing here enforces limits.  Raises: MachineFailed if the machine is dead."""
+        if self._process.returncode is not None:
+            raise MachineFailed(f"machine {self.id} is dead")
+        self.spec = MachineSpec(self.spec.template, limits, self.spec.hostname)
+
+    async def usage(self) -> Usage:
+        return Usage()
+
+    async def wait_dead(self) -> Death:
+        status = await self._process.wait()
+        return Death("the machine was closed" if self._closed else f"the guest agent ended with status {status}")
+
+    async def aclose(self) -> None:
+        with anyio.CancelScope(shield=True):
+            async with self._closing:
+                if self._closed:
+                    return
+                self._closed = True
+                self.channel.close()  # the agent then ends everything below it, and itself
+                with anyio.move_on_after(_END_TIMEOUT_S):
+                    await self._process.wait()
+                if self._process.returncode is None:
+                    self._process.kill()
+                await self._process.aclose()
+                shutil.rmtree(self.home, ignore_errors=True)
+                self._owner.forget(self)
+
+
+class FakeEngine:
+    """Makes FakeMachines."""
+
+    name = "fake"
+    templates: tuple[str, ...] = ("default",)
+
+    def __init__(self, python: str = sys.executable) -> None:
+        """Args: python: the interpreter that runs the guest, 3.9 or newer."""
+        self._python = python
+        self._bundle: Path | None = None
+        self._machines: set[FakeMachine] = set()
+
+    async def probe(self) -> EngineReport:
+        return EngineReport(engine=self.name, usable=True, walls=())
+
+    async def start(self) -> None:
+        if self._bundle is None:
+            self._bundle = build_bundle(Path(tempfile.mkdtemp(prefix="podflare-bundle-")))
+
+    async def create(self, spec: MachineSpec, *, timeout_s: float) -> Machine:
+        if spec.template not in self.templates:
+            raise UnknownTemplate(f"no template {spec.template!r}; there is: {', '.join(self.templates)}")
+        if self._bundle is None:
+            raise MachineFailed("the engine was not started, or is closed")
+        machine = await self._launch(spec, self._bundle)
+        try:
+            with anyio.fail_after(timeout_s):
+                await anyio.wait_readable(machine.channel)
+            if not machine.channel.recv(1, socket.MSG_PEEK):
+                raise MachineFailed(f"the guest agent ended with status {await machine._process.wait()}")
+        except TimeoutError:
+            await machine.aclose()
+            raise DeadlineExceeded(f"no guest was ready after {timeout_s:g} s") from None
+        except BaseException:
+            await machine.aclose()
+            raise
+        return machine
+
+    async def _launch(self, spec: MachineSpec, bundle: Path) -> FakeMachine:
+        home = Path(tempfile.mkdtemp(prefix="podflare-home-"))
+        ours, theirs = socket.socketpair()
+        try:
+            ours.setblocking(False)
+            with theirs:
+                process = await anyio.open_process(
+                    [self._python, "-I", "-S", str(bundle), "agent", str(theirs.fileno())],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=None,
+                    env={"HOME": str(home)},
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,
+                )
+        except BaseException:
+            ours.close()
+            shutil.rmtree(home, ignore_errors=True)
+            raise
+        machine = FakeMachine(spec, ours, process, home, self)
+        self._machines.add(machine)
+        return machine
+
+    def forget(self, machine: FakeMachine) -> None:
+        """Called by a machine that is closed."""
+        self._machines.discard(machine)
+
+    async def aclose(self) -> None:
+        with anyio.CancelScope(shield=True):
+            bundle, self._bundle = self._bundle, None
+            for machine in list(self._machines):
+                await machine.aclose()
+            if bundle is not None:
+                shutil.rmtree(bundle, ignore_errors=True)
