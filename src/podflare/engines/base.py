@@ -123,8 +123,10 @@ class Engine(Protocol):
     """Makes machines of one kind.  One per daemon."""
 
     name: str
-    templates: tuple[str, ...]
-    """Names that `create` accepts."""
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """Names that `create` accepts."""
 
     async def probe(self) -> EngineReport:
         """What this computer offers, without starting anything lasting.  At most 10 s."""
