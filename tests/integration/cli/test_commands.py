@@ -1,0 +1,143 @@
+"""`ls`, `doctor`, `serve` and `repl` against a real daemon."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import time
+
+from podflare import Sandbox
+from programs import PROGRAM, Cli
+
+WAIT_S = 30.0
+
+
+def test_ls_shows_sandboxes_as_a_table_and_as_json(cli: Cli) -> None:
+    """A sandbox made by the SDK is listed with its metadata, one line each, and gone after its end."""
+    with Sandbox(host=cli.address, metadata={"who": "a\nb\x1b[2J"}) as sandbox:
+        line = next(line for line in cli("ls").stdout.splitlines() if sandbox.id in line)
+        assert r"who=a\nb\x1b[2J" in line and "1024 MiB" in line
+        listed = json.loads(cli("ls", "--json").stdout)
+        assert [entry["state"] for entry in listed if entry["id"] == sandbox.id] == ["ready"]
+    assert sandbox.id not in cli("ls").stdout
+
+
+def test_ls_needs_a_daemon(cli: Cli) -> None:
+    """Without an address there is nobody to ask; that is wrong usage, not an empty list."""
+    environment = {name: value for name, value in cli.environment.items() if not name.startswith("PODFLARE_")}
+    done = subprocess.run([*PROGRAM, "ls"], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "PODFLARE_HOSTD_URL" in done.stderr
+
+
+def test_doctor_finds_what_the_daemon_uses(cli: Cli) -> None:
+    """Every wall that a sandbox has is one that the doctor called available, and sandboxes can be made here."""
+    done = cli("doctor", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    available = {wall["wall"] for engine in report["engines"] for wall in engine["walls"] if wall["available"]}
+    with Sandbox(host=cli.address) as sandbox:
+        assert set(sandbox.info().isolation) <= available
+    assert "engine process: usable" in cli("doctor").stdout
+
+
+def test_serve_refuses_to_be_open_to_everybody(cli: Cli) -> None:
+    """An address that others reach needs keys; the message says how."""
+    done = cli("serve", "--host", "0.0.0.0", "--port", "0")
+    assert done.returncode == 1 and "PODFLARE_API_KEYS" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_repl_in_a_pipe_keeps_state_and_prints_values(cli: Cli) -> None:
+    """Cells from a pipe share one Python; values are shown, bash works, errors do not end it."""
+    cells = "x = 20\nfor n in range(2):\n    print(n)\n\nx + 22\n1 / 0\n!echo from bash\nx\n"
+    done = cli("repl", stdin=cells)
+    assert done.stdout.splitlines() == ["0", "1", "42", "from bash", "20"]
+    assert "ZeroDivisionError" in done.stderr and done.returncode == 0
+
+
+class _Terminal:
+    """`podflare repl` on a terminal of the test's own."""
+
+    def __init__(self, cli: Cli) -> None:
+        self.master, slave = pty.openpty()
+        environment = {**cli.environment, "TERM": "dumb"}
+        # A session of its own, so that the terminal's Ctrl-C reaches this process group.
+        self.process = subprocess.Popen(
+            [*PROGRAM, "repl"], env=environment, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+            preexec_fn=_take_terminal,
+        )  # fmt: skip
+        os.close(slave)
+        self.seen = ""
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def wait_for(self, pattern: str) -> None:
+        """Read on until `pattern` appears in what was not waited for yet."""
+        deadline = time.monotonic() + WAIT_S
+        while not (found := re.search(pattern, self.seen)):
+            ready, _, _ = select.select([self.master], [], [], max(0, deadline - time.monotonic()))
+            assert ready, f"no {pattern!r} in {self.seen!r}"
+            self.seen += os.read(self.master, 65536).decode("utf-8", "replace")
+        self.seen = self.seen[found.end() :]
+
+    def close(self) -> int:
+        try:
+            return self.process.wait(WAIT_S)
+        finally:
+            self.process.kill()
+            self.process.wait()
+            os.close(self.master)
+
+
+def _take_terminal() -> None:
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def test_repl_on_a_terminal(cli: Cli) -> None:
+    """Blocks continue, Ctrl-C interrupts a running cell and drops a typed line, Ctrl-D ends it; state stays."""
+    terminal = _Terminal(cli)
+    try:
+        terminal.wait_for("sandbox sbx_[0-9a-f]{32}")
+        terminal.wait_for(">>> ")
+        terminal.type("def twice(n):\n")
+        terminal.wait_for(r"\.\.\. ")
+        terminal.type("    return 2 * n\n\n")
+        terminal.wait_for(">>> ")
+        terminal.type("twice(21)\n")
+        terminal.wait_for(r"\n42\r?\n>>> ")
+        terminal.type("while True: pass\n")
+        terminal.wait_for(r"\.\.\. ")
+        terminal.type("\n")
+        terminal.wait_for(r"\n")
+        terminal.type("\x03")
+        terminal.wait_for("KeyboardInterrupt")
+        terminal.wait_for(">>> ")
+        terminal.type("this is dropp\x03")
+        terminal.wait_for(">>> ")
+        terminal.type("twice(50)\n")
+        terminal.wait_for(r"\n100\r?\n>>> ")
+        terminal.type("\x04")
+    finally:
+        code = terminal.close()
+    assert code == 0
+
+
+def test_serve_ends_on_sigterm(cli: Cli, private_temp: os.PathLike[str]) -> None:
+    """A daemon that is asked to end does, with exit code 0 and nothing left (the leak check looks)."""
+    with cli.start(
+        "serve", "--port", "0", "--data-dir", f"{os.fspath(private_temp)}/serve", "--pool-size", "0"
+    ) as daemon:
+        assert daemon.stderr is not None
+        while "http://127.0.0.1" not in daemon.stderr.readline():
+            assert daemon.poll() is None
+        daemon.send_signal(signal.SIGTERM)
+        daemon.communicate(timeout=30)
+    assert daemon.returncode == 0
