@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from podflare.errors import ProtocolError
+from podflare.errors import ProtocolError, TooLarge
 from podflare.host.config import Config
 from podflare.host.guest_link import GuestLink
 from podflare.host.kept import KeptOutput, Room
 from podflare.host.output import CappedStream, EventFeed, ReplayBuffer
 from podflare.wire import events, frames
 from podflare.wire.api import ExecRequest
-from podflare.wire.messages import DIED, INTERRUPTED, Error, Exec, Exit, Interrupt, Kill, Result, from_guest
+from podflare.wire.messages import DIED, INTERRUPTED, Error, Exec, Exit, Interrupt, Kill, Result, from_guest, to_payload
 
 SMALL_MESSAGE_BYTES = 64 * 1024
 """Messages up to this size are always decoded; larger ones can only be results, and count against their cap first."""
@@ -43,6 +43,15 @@ class Ending:
     restarted: bool = False
     notes: tuple[str, ...] = ()
     """Lines for stderr."""
+
+
+def check_fits(request: ExecRequest) -> None:
+    """Raises: TooLarge if the code is above what one frame to the guest holds."""
+    # At worst each character becomes a \\uXXXX escape; only code that could be too large is encoded to see.
+    if 6 * len(request.code) + 1024 > frames.MAX_MESSAGE_BYTES:
+        size = len(to_payload(Exec(request.code, request.language)))
+        if size + 1024 > frames.MAX_MESSAGE_BYTES:
+            raise TooLarge(f"code of {size} bytes when encoded, the cap is {frames.MAX_MESSAGE_BYTES}")
 
 
 class Surroundings(Protocol):
@@ -355,15 +364,10 @@ def judge(cell: Cell, message: Exit, oom_note: str) -> Ending:
             notes = (*notes, f"the cell did not end when interrupted: {lost}")
         return Ending(message.code, STOP_INTERRUPTED, message.restarted, notes)
     if message.reason == DIED:
-        return Ending(message.code, DIED, message.restarted, (*notes, _death(message, python)))
+        # The guest has said on stderr how the process ended.
+        return Ending(message.code, DIED, message.restarted, notes)
     reason = "out_of_memory" if oom_note and message.code == events.EXIT_KILLED else message.reason
     return Ending(message.code, reason, message.restarted, notes)
-
-
-def _death(message: Exit, python: bool) -> str:
-    what = "the Python process" if python else "the shell"
-    how = f"was ended by signal {message.signal}" if message.signal else f"ended with code {message.code}"
-    return f"{what} {how}" + ("; it was restarted, its variables are lost" if message.restarted else "")
 
 
 def _now_ms() -> int:

@@ -19,7 +19,7 @@ import anyio
 from podflare.engines.base import Machine, Usage
 from podflare.errors import CellNotFound, PodflareError, QuotaExceeded, SandboxNotFound
 from podflare.host import telemetry, transfers
-from podflare.host.cells import STOP_INTERRUPTED, Cell, Ending, judge
+from podflare.host.cells import STOP_INTERRUPTED, Cell, Ending, check_fits, judge
 from podflare.host.config import Config
 from podflare.host.guest_link import GuestLink
 from podflare.host.kept import KeptOutput, Room, SharedRoom
@@ -106,6 +106,7 @@ class Sandbox:
             does not fit into a frame.
         """
         self.touch()
+        check_fits(request)
         if len(self._waiting) >= self.config.max_waiting_cells:
             raise QuotaExceeded(f"{len(self._waiting)} cells wait in sandbox {self.id} already; they run one at a time")
         self._cells += 1

@@ -1,6 +1,7 @@
 """What is remembered about ids beyond their life: that they were issued, to whom, and why they ended.
 
-`MemoryStore` is for the embedded daemon, whose memory ends with it; `SqliteStore` survives a restart.  Neither knows anything of live sandboxes.
+`MemoryStore` is for the embedded daemon, whose memory ends with it; `SqliteStore` survives a restart.
+Neither knows anything of live sandboxes.
 """
 
 from __future__ import annotations

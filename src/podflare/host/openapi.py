@@ -1,0 +1,176 @@
+"""The OpenAPI document, made from the dataclasses of wire.api, and its page.  Loaded on first use only.
+
+Needs the extra `docs-page` (pydantic for the schemas, swagger-ui-bundle for the page's files): works offline.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from podflare.errors import NotBuilt
+from podflare.wire.api import CreateRequest, ExecRequest, SandboxInfo
+
+MISSING = "the API page needs more packages: pip install 'podflare[docs-page]'"
+_FILES = {
+    "swagger-ui.css": "text/css",
+    "swagger-ui-bundle.js": "text/javascript",
+    "favicon-32x32.png": "image/png",
+}
+_HTML = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>podflare API</title>
+<link rel="stylesheet" href="/docs/swagger-ui.css"><link rel="icon" href="/docs/favicon-32x32.png"></head>
+<body><div id="page"></div><script src="/docs/swagger-ui-bundle.js"></script><script src="/docs/start.js"></script>
+</body></html>
+"""
+_SCRIPT = 'SwaggerUIBundle({url: "/openapi.json", dom_id: "#page", deepLinking: true});\n'
+
+
+@dataclass(frozen=True)
+class Page:
+    """One file of the page."""
+
+    status: int
+    content_type: bytes
+    body: bytes
+
+
+def page(name: str) -> Page:
+    """The page itself (""), or a file that it loads.  With a package missing: one line saying what to install."""
+    try:
+        from swagger_ui_bundle import swagger_ui_path
+    except ImportError:
+        return Page(501, b"text/plain; charset=utf-8", MISSING.encode() + b"\n")
+    if name == "":
+        return Page(200, b"text/html; charset=utf-8", _HTML.encode())
+    if name == "start.js":
+        return Page(200, b"text/javascript", _SCRIPT.encode())
+    if name not in _FILES:
+        return Page(404, b"application/json", b'{"error":"no such file","code":"bad_request"}')
+    return Page(200, _FILES[name].encode(), (Path(str(swagger_ui_path)) / name).read_bytes())
+
+
+@functools.cache
+def document() -> dict[str, Any]:
+    """The OpenAPI 3.1 document.  Raises: NotBuilt if pydantic is missing."""
+    try:
+        from pydantic import TypeAdapter
+    except ImportError as exc:
+        raise NotBuilt(MISSING) from exc
+    schemas: dict[str, Any] = {
+        shape.__name__: TypeAdapter(shape).json_schema() for shape in (CreateRequest, ExecRequest, SandboxInfo)
+    }
+    schemas["Error"] = _object(error="string", code="string")
+    schemas["Sandboxes"] = {
+        "type": "object",
+        "properties": {"sandboxes": {"type": "array", "items": _ref("SandboxInfo")}},
+    }
+    schemas["Event"] = {
+        "type": "object",
+        "required": ["type", "data", "seq", "ts"],
+        "properties": {
+            "type": {"enum": ["stdout", "stderr", "result", "error", "exit"]},
+            "data": {"description": "a line; or an object; or with exit the exit code"},
+            "seq": {"type": "integer"},
+            "ts": {"type": "integer"},
+        },
+        "additionalProperties": True,
+    }
+    # One round trip: what pydantic gives may hold tuples and shared objects, a document is plain JSON.
+    body: dict[str, Any] = json.loads(
+        json.dumps(
+            {
+                "openapi": "3.1.0",
+                "info": {"title": "podflare host daemon", "version": "1", "description": "See docs/http-api.md."},
+                "components": {
+                    "schemas": schemas,
+                    "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+                },
+                "security": [{"key": []}, {}],
+                "paths": _paths(),
+            }
+        )
+    )
+    return body
+
+
+def _object(**properties: str) -> dict[str, Any]:
+    return {"type": "object", "properties": {name: {"type": kind} for name, kind in properties.items()}}
+
+
+def _ref(name: str) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _content(kind: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"content": {kind: {"schema": schema}}}
+
+
+def _operation(
+    summary: str, *, takes: Any = None, gives: Any = None, status: int = 200, query: Any = ()
+) -> dict[str, Any]:
+    answers: dict[str, Any] = {str(status): {"description": "done", **(gives or {})}}
+    answers["default"] = {"description": "an error", **_content("application/json", _ref("Error"))}
+    operation: dict[str, Any] = {"summary": summary, "responses": answers}
+    if takes is not None:
+        operation["requestBody"] = takes
+    if query:
+        operation["parameters"] = [
+            {"name": name, "in": "query", "required": required, "schema": {"type": "string"}}
+            for name, required in query
+        ]
+    return operation
+
+
+def _paths() -> dict[str, Any]:
+    info = _content("application/json", _ref("SandboxInfo"))
+    events = _content("application/x-ndjson", _ref("Event"))
+    raw = _content("application/octet-stream", {"type": "string", "format": "binary"})
+    interrupted = {
+        "type": "object",
+        "properties": {"interrupted": {"type": "boolean"}, "cell_id": {"type": ["string", "null"]}},
+    }
+    paths: dict[str, Any] = {
+        "/v1/healthz": {"get": _operation("Alive?", gives=_content("text/plain", {"const": "ok"}))},
+        "/v1/capacity": {"get": _operation("Pool and limits", gives=_content("application/json", {"type": "object"}))},
+        "/v1/sandboxes": {
+            "post": _operation(
+                "Create a sandbox", takes=_content("application/json", _ref("CreateRequest")), gives=info
+            ),
+            "get": _operation("List your sandboxes", gives=_content("application/json", _ref("Sandboxes"))),
+        },
+        "/v1/sandboxes/{id}": {
+            "get": _operation("One sandbox", gives=info),
+            "delete": _operation("End a sandbox", status=204),
+        },
+        "/v1/sandboxes/{id}/exec": {
+            "post": _operation("Run a cell", takes=_content("application/json", _ref("ExecRequest")), gives=events)
+        },
+        "/v1/sandboxes/{id}/interrupt": {
+            "post": _operation(
+                "Interrupt a cell",
+                takes=_content("application/json", _object(cell_id="string")),
+                gives=_content("application/json", interrupted),
+            )
+        },
+        "/v1/sandboxes/{id}/replay": {"get": _operation("Latest events", gives=events)},
+        "/v1/sandboxes/{id}/files": {
+            "put": _operation(
+                "Write a file", takes=raw, gives=_content("application/json", {}), query=[("path", True)]
+            ),
+            "get": _operation("Read a file", gives=raw, query=[("path", True)]),
+        },
+        "/v1/sandboxes/{id}/cells/{cell}/output": {
+            "get": _operation("Whole output of a cell", gives=raw, query=[("stream", False)])
+        },
+    }
+    for path, operations in paths.items():
+        names = [part[1:-1] for part in path.split("/") if part.startswith("{")]
+        if names:
+            operations["parameters"] = [
+                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+            ]
+    return paths

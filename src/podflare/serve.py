@@ -1,0 +1,252 @@
+"""Composition root of the daemon: settings -> engine -> host -> HTTP server, and the order in which they start and end.
+
+The engine starts before the web stack is imported: its zygote then prepares itself while this process imports.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import json
+import os
+import signal
+import socket
+import stat
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+from podflare.engines.base import Engine, EngineOptions, EngineReport
+from podflare.errors import BadRequest
+from podflare.host import telemetry
+from podflare.host.config import Config, check_start
+from podflare.host.recover import Instance, open_instance
+from podflare.host.store import MemoryStore, SqliteStore, Store
+
+ENGINES = ("process",)
+"""Engines of this version, the first being the default."""
+KEEP_ALIVE_S = 75
+"""Above every client's idle expiry, so that it is the client who closes and no request meets a closing connection."""
+BACKLOG = 2048
+PROBE_TIMEOUT_S = 15.0
+
+
+def serve_forever(**given: Any) -> int:
+    """Serve until SIGTERM, SIGINT or the end of the parent; the exit code.  `given`: fields of host.config.Config.
+
+    Raises: BadRequest for settings that cannot work; IsolationIncomplete if no sandbox can be made here.
+    """
+    return serve(Config.from_environment(os.environ, **given))
+
+
+def serve(config: Config, engine: Callable[[EngineOptions], Engine] | None = None) -> int:
+    """Serve as `config` says until told to end; blocks; the exit code.  `engine` takes the place of the named one.
+
+    Raises: as serve_forever.
+    """
+    telemetry.configure(config.log_format, config.log_level)
+    warning = check_start(config)
+    if warning:
+        telemetry.problem(warning)
+    make, reap = _engine(config.engine)
+    sock = _listen(config)
+    try:
+        instance = open_instance(config.data_dir, reap)
+        try:
+            options = EngineOptions(data_dir=str(instance.directory), instance=instance.name, require=config.require)
+            anyio.run(
+                functools.partial(_run, config, (engine or make)(options), instance, sock),
+                backend="asyncio",
+                backend_options={"use_uvloop": True},
+            )
+        finally:
+            instance.close()
+    finally:
+        sock.close()
+        if config.uds is not None:
+            Path(config.uds).unlink(missing_ok=True)
+    return 0
+
+
+def probe_engines() -> list[EngineReport]:
+    """What this computer offers to each engine.  Starts nothing lasting."""
+    return anyio.run(_probe)
+
+
+async def _probe() -> list[EngineReport]:
+    reports = []
+    for name in ENGINES:
+        make, _ = _engine(name)
+        with anyio.fail_after(PROBE_TIMEOUT_S):
+            reports.append(await make(EngineOptions(data_dir="/nonexistent", instance="probe")).probe())
+    return reports
+
+
+def _engine(name: str) -> tuple[Callable[[EngineOptions], Engine], Callable[[Path, str], None]]:
+    """An engine's maker and its reaper.  Raises: BadRequest for an unknown name."""
+    if name == "process":
+        from podflare.engines.process.engine import ProcessEngine
+
+        return ProcessEngine, ProcessEngine.reap
+    raise BadRequest(f"unknown engine {name!r}; this version has: {', '.join(ENGINES)}")
+
+
+# The socket.
+
+
+def _listen(config: Config) -> socket.socket:
+    """The bound, listening socket.  Raises: BadRequest with what to do."""
+    try:
+        return _listen_unix(config.uds) if config.uds is not None else _listen_tcp(config.host, config.port)
+    except OSError as exc:
+        where = config.uds or f"{config.host}:{config.port}"
+        raise BadRequest(f"cannot listen on {where}: {exc}") from exc
+
+
+def _listen_tcp(host: str, port: int) -> socket.socket:
+    family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    sock = socket.socket(family, kind, number)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _listen_unix(path: str) -> socket.socket:
+    _remove_stale(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # Under this umask the socket is never, not for a moment, open to others.
+        before = os.umask(0o177)
+        try:
+            sock.bind(path)
+        finally:
+            os.umask(before)
+        sock.listen(BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _remove_stale(path: str) -> None:
+    """Remove a socket that nobody serves.  Raises: OSError if somebody does, or if it is something else."""
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise FileExistsError(f"{path} exists and is not a socket")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            Path(path).unlink()
+        else:
+            raise FileExistsError(f"another process serves {path}")
+
+
+def _address(config: Config, sock: socket.socket) -> str:
+    if config.uds is not None:
+        return f"unix://{config.uds}"
+    host, port = sock.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+# The life of the daemon.
+
+
+async def _run(config: Config, engine: Engine, instance: Instance, sock: socket.socket) -> None:
+    stop = anyio.Event()
+    with _ending(config, stop):
+        importing = asyncio.get_running_loop().run_in_executor(None, _import_web)
+        try:
+            await engine.start()
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await engine.aclose()
+            raise
+        finally:
+            await importing
+        await _serve_until(stop, config, engine, instance, sock)
+
+
+async def _serve_until(
+    stop: anyio.Event, config: Config, engine: Engine, instance: Instance, sock: socket.socket
+) -> None:
+    from podflare.host.app import App
+    from podflare.host.daemon import Daemon
+
+    store: Store = MemoryStore()
+    if not config.embedded:
+        store = SqliteStore(config.data_dir / "sandboxes.sqlite", instance.name, instance.living)
+    daemon = Daemon(config, engine, store, instance)
+    async with anyio.create_task_group() as tasks:
+        await daemon.run(tasks)
+        async with _server(App(daemon, config), sock):
+            if config.announce:
+                _announce(config, engine, sock)
+            telemetry.event("daemon ready", address=_address(config, sock), engine=engine.name, instance=instance.name)
+            await stop.wait()
+            with anyio.CancelScope(shield=True):
+                await daemon.shut_down()
+        tasks.cancel_scope.cancel()
+
+
+def _announce(config: Config, engine: Engine, sock: socket.socket) -> None:
+    line = {"ready": True, "address": _address(config, sock), "engine": engine.name, "pid": os.getpid()}
+    print(json.dumps(line), flush=True)
+
+
+@contextlib.contextmanager
+def _ending(config: Config, stop: anyio.Event) -> Iterator[None]:
+    """Set `stop` on SIGTERM, SIGINT and the end of the parent process."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    parent = -1
+    if config.parent_pid is not None:
+        try:
+            parent = os.pidfd_open(config.parent_pid)
+        except ProcessLookupError:
+            stop.set()
+        else:
+            loop.add_reader(parent, stop.set)
+    try:
+        yield
+    finally:
+        if parent >= 0:
+            loop.remove_reader(parent)
+            os.close(parent)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+def _import_web() -> None:
+    """Load what serving needs, in a thread: the engine starts meanwhile."""
+    import uvicorn.lifespan.off  # noqa: F401  # uvicorn would load it when it starts, in the event loop
+
+    import podflare.host.app
+    import podflare.host.daemon
+    import podflare.host.httpserver  # noqa: F401  # for its effect: the modules are loaded
+
+
+@contextlib.asynccontextmanager
+async def _server(app: Any, sock: socket.socket) -> AsyncIterator[None]:
+    """Serve `app` on `sock` within the block."""
+    from podflare.host.httpserver import make_server
+
+    server = make_server(app, keep_alive_s=KEEP_ALIVE_S)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(functools.partial(server.serve, sockets=[sock]))
+        await server.accepting.wait()
+        try:
+            yield
+        finally:
+            server.should_exit = True
