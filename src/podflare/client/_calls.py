@@ -92,8 +92,9 @@ def execute(sandbox_id: str, code: str, language: str, timeout_s: float | None) 
     return Call("POST", _sandbox_path(sandbox_id, "/exec"), "run_code", sandbox_id, body=_json_body(body))
 
 
-def interrupt(sandbox_id: str) -> Call:
-    return Call("POST", _sandbox_path(sandbox_id, "/interrupt"), "interrupt", sandbox_id)
+def interrupt(sandbox_id: str, cell_id: str | None) -> Call:
+    body = None if cell_id is None else _json_body({"cell_id": cell_id})
+    return Call("POST", _sandbox_path(sandbox_id, "/interrupt"), "interrupt", sandbox_id, body=body)
 
 
 def replay(sandbox_id: str) -> Call:

@@ -241,9 +241,10 @@ class AsyncClient(AsyncPtyCalls):
             async for event in events:
                 yield event
 
-    async def interrupt(self, sandbox_id: str) -> None:
+    async def interrupt(self, sandbox_id: str, cell_id: str | None = None) -> bool:
         """As `AsyncSandbox.interrupt`."""
-        await self._call(_calls.interrupt(sandbox_id))
+        call = _calls.interrupt(sandbox_id, cell_id)
+        return _calls.parse_object(call, await self._call(call)).get("interrupted") is True
 
     async def replay(self, sandbox_id: str) -> list[Event]:
         """As `AsyncSandbox.replay`."""

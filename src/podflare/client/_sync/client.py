@@ -241,9 +241,10 @@ class Client(PtyCalls):
         with contextlib.closing(connection.events(call)) as events:
             yield from events
 
-    def interrupt(self, sandbox_id: str) -> None:
+    def interrupt(self, sandbox_id: str, cell_id: str | None = None) -> bool:
         """As `Sandbox.interrupt`."""
-        self._call(_calls.interrupt(sandbox_id))
+        call = _calls.interrupt(sandbox_id, cell_id)
+        return _calls.parse_object(call, self._call(call)).get("interrupted") is True
 
     def replay(self, sandbox_id: str) -> list[Event]:
         """As `Sandbox.replay`."""

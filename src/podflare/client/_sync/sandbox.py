@@ -272,9 +272,14 @@ class Sandbox:
         with contextlib.closing(stream) as events:
             yield from events
 
-    def interrupt(self) -> None:
-        """Interrupt the running cell (KeyboardInterrupt in it, its processes ended); nothing if none runs."""
-        self._client_for("interrupt").interrupt(self.id)
+    def interrupt(self, cell_id: str | None = None) -> bool:
+        """Interrupt the running cell: KeyboardInterrupt in it, its processes ended.  Does not wait for its end.
+
+        Args:
+            cell_id: interrupt only this cell.
+        Returns: whether a cell was told.
+        """
+        return self._client_for("interrupt").interrupt(self.id, cell_id)
 
     def upload(self, local_path: Content | LocalPath, remote_path: str | Content) -> None:
         """Put bytes, or the local file of a path, under a path in the sandbox; directories are made.

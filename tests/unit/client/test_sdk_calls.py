@@ -1,0 +1,158 @@
+"""client/_calls.py: requests and replies without I/O."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from podflare.client import _calls
+from podflare.client._calls import EventReader, ResultBuilder
+from podflare.errors import BadRequest, ProtocolError
+from podflare.wire.events import Event
+
+OUT = b'{"type":"stdout","data":"a\\u2028b","seq":0,"ts":1}\n'
+EXIT = (
+    b'{"type":"exit","data":1,"seq":1,"ts":2,"cell_id":"c1","duration_ms":1500,"reason":"timed_out","restarted":true}\n'
+)
+
+
+def collected(*pieces: bytes) -> list[Event]:
+    reader = EventReader()
+    return [event for piece in pieces for event in reader.feed(piece)] + reader.finish()
+
+
+@given(st.lists(st.integers(min_value=0, max_value=len(OUT + EXIT)), max_size=12))
+def test_events_do_not_depend_on_where_the_stream_is_cut(cuts: list[int]) -> None:
+    """Any cutting of the bytes gives the same events, heartbeats between them included."""
+    data = b"\n" + OUT + b"\n\n" + EXIT
+    edges = [0, *sorted(cuts), len(data)]
+    pieces = [data[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    assert [(event.type, event.data) for event in collected(*pieces)] == [("stdout", "a\u2028b"), ("exit", 1)]
+
+
+def test_lines_end_at_newline_only() -> None:
+    """Raw line separators of Unicode inside a string do not cut a line; CRLF ends and a missing last newline pass."""
+    raw = '{"type":"stdout","data":"x\u2028y\u0085z","seq":0,"ts":1}\r\n{"type":"exit","data":"3","seq":1,"ts":1}'
+    events = collected(raw.encode())
+    assert events[0].data == "x\u2028y\u0085z"
+    assert _result(events).exit_code == 3
+
+
+def test_a_line_of_three_megabytes_arrives_whole() -> None:
+    """A long line in many pieces is joined once, not searched again with every piece."""
+    text = "x" * 3_000_000
+    line = json.dumps({"type": "stdout", "data": text, "seq": 0, "ts": 1}).encode() + b"\n"
+    assert collected(*(line[i : i + 1000] for i in range(0, len(line), 1000)))[0].data == text
+
+
+@pytest.mark.parametrize("line", [b" \n", b"nonsense\n", b"[1]\n", b'{"type":"stdout"}\n', b"[" * 100_000 + b"\n"])
+def test_a_line_that_is_no_event_is_one_error(line: bytes) -> None:
+    """Whatever a broken daemon sends surfaces as ProtocolError, never as a KeyError or RecursionError."""
+    with pytest.raises(ProtocolError):
+        collected(line)
+
+
+def test_an_endless_line_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept of an unfinished line is bounded."""
+    monkeypatch.setattr(_calls, "MAX_LINE_BYTES", 1000)
+    reader = EventReader()
+    with pytest.raises(ProtocolError, match="1000"):
+        for _ in range(3):
+            reader.feed(b"x" * 400)
+
+
+def _result(events: list[Event]):  # type: ignore[no-untyped-def]  # test code
+    builder = ResultBuilder()
+    builder.add(events)
+    return builder.build()
+
+
+def test_result_joins_lines_as_the_wire_demands() -> None:
+    """Lines are joined by newline without a last one, per stream; events of unknown type are passed over."""
+    events = [
+        Event("stdout", "a", 0, 1),
+        Event("stderr", "e", 1, 1),
+        Event("stdout", "", 2, 1),
+        Event("sparkles", {"x": 1}, 3, 1),
+        Event("exit", 0, 4, 1),
+    ]
+    result = _result(events)
+    assert (result.stdout, result.stderr, result.exit_code, result.ok) == ("a\n", "e", 0, True)
+
+
+def test_result_carries_values_error_and_how_it_ended() -> None:
+    """Rich values, the exception, duration, cell id, reason and restart reach the user."""
+    events = [
+        Event("result", {"text/plain": "42", "text/html": "<b>42</b>", "image/png": "AAEC"}, 0, 1, {"kind": "value"}),
+        Event("error", {"name": "ValueError", "value": "no", "traceback": "Traceback..."}, 1, 1),
+        *collected(EXIT),
+    ]
+    result = _result(events)
+    assert (result.results[0].text, result.results[0].html, result.results[0].png) == ("42", "<b>42</b>", b"\0\1\2")
+    assert result.error is not None and result.error.name == "ValueError"
+    assert (result.duration, result.cell_id, result.reason, result.restarted) == (1.5, "c1", "timed_out", True)
+    assert not result.ok
+
+
+def test_stream_without_exit_gives_minus_one() -> None:
+    """A stream that ends early is not taken for success."""
+    result = _result([Event("stdout", "a", 0, 1)])
+    assert (result.stdout, result.exit_code, result.reason, result.ok) == ("a", -1, "incomplete", False)
+
+
+def test_exit_code_that_is_no_number_is_an_error() -> None:
+    """A daemon's nonsense exit code is named, not guessed."""
+    with pytest.raises(ProtocolError, match="exit code"):
+        _result([Event("exit", None, 0, 1)])
+
+
+def test_create_leaves_out_what_was_not_asked_for() -> None:
+    """None keys and an empty template are not sent; False and the idempotency key are."""
+    call = _calls.create({"template": "", "egress": False, "ram_mib": None, "timeout_seconds": 5}, "key1")
+    assert json.loads(call.body or b"") == {"egress": False, "timeout_seconds": 5}
+    assert call.headers["idempotency-key"] == "key1"
+
+
+@pytest.mark.parametrize("timeout", [0, -1, math.nan, "5", True])
+def test_bad_timeout_is_refused_before_sending(timeout: object) -> None:
+    """A timeout that is no positive number is a ValueError."""
+    with pytest.raises(ValueError, match="timeout"):
+        _calls.execute("sbx_1", "1", "python", timeout)  # type: ignore[arg-type]  # the point of the test
+
+
+def test_code_must_be_text() -> None:
+    """Bytes as code are a TypeError that says so."""
+    with pytest.raises(TypeError, match="str"):
+        _calls.execute("sbx_1", b"1", "python", None)  # type: ignore[arg-type]  # the point of the test
+
+
+@pytest.mark.parametrize("n", [0, -1, 33, 1.5, True])
+def test_fork_count_is_checked_first(n: object) -> None:
+    """Fork takes 1 to 32."""
+    with pytest.raises(ValueError, match="32"):
+        _calls.fork("sbx_1", n)  # type: ignore[arg-type]  # the point of the test
+
+
+def test_ids_and_paths_cannot_change_the_route() -> None:
+    """Slashes, dots, question marks and hashes in ids and file names are quoted."""
+    assert _calls.destroy("../x?y").path == "/v1/sandboxes/..%2Fx%3Fy"
+    assert _calls.download("sbx_1", "/a b/ü#?&.txt").path.endswith("/files?path=%2Fa%20b%2F%C3%BC%23%3F%26.txt")
+    with pytest.raises(BadRequest):
+        _calls.get("")
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b'{"id":5}', b'{"id":""}', b"\xff", b"[" * 100_000])
+def test_create_answer_without_id_is_a_protocol_error(body: bytes) -> None:
+    """An answer that is no create answer is one clear error."""
+    with pytest.raises(ProtocolError):
+        _calls.parse_created(_calls.create({}, "k"), body)
+
+
+def test_info_of_an_unknown_daemon_is_read_leniently() -> None:
+    """Missing and odd keys give neutral values; what is there is kept."""
+    info = _calls.parse_info({"id": "sbx_1", "isolation": ["seccomp"], "ram_mib": "much", "warnings": None})
+    assert (info.id, info.isolation, info.ram_mib, info.warnings, info.egress) == ("sbx_1", ("seccomp",), 0, (), False)
