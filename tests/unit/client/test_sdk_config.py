@@ -83,7 +83,11 @@ def test_a_broken_table_is_named(monkeypatch: pytest.MonkeyPatch, text: str) -> 
 def test_nothing_of_the_package_names_a_vendor_host() -> None:
     """No address of the hosted service is in the source: code cannot be sent there by default."""
     package = Path(podflare.__file__).parent
-    found = [path for path in package.rglob("*.py") if "podflare.ai" in path.read_text() or "podflare.dev" in path.read_text()]
+    found = [
+        path
+        for path in package.rglob("*.py")
+        if "podflare.ai" in path.read_text() or "podflare.dev" in path.read_text()
+    ]
     assert found == []
 
 
