@@ -174,12 +174,13 @@ async def _run(config: Config, engine: Engine, instance: Instance, sock: socket.
             raise
         finally:
             await importing
-        await _serve_until(stop, config, engine, instance, sock)
+        await serve_until(stop, config, engine, instance, sock)
 
 
-async def _serve_until(
+async def serve_until(
     stop: anyio.Event, config: Config, engine: Engine, instance: Instance, sock: socket.socket
 ) -> None:
+    """Serve on `sock` with a started engine until `stop` is set; then end every sandbox, the engine and the server."""
     from podflare.host.app import App
     from podflare.host.daemon import Daemon
 

@@ -67,6 +67,7 @@ class Daemon:
         self._remembered: dict[tuple[str, str], _Remembered] = {}
         self._tasks: TaskGroup | None = None
         self._starting = 0
+        self._none_starting = anyio.Event()
         self._closing = False
         self.pool = Pool(
             engine,
@@ -139,9 +140,16 @@ class Daemon:
         self._starting += 1
         try:
             warm = await self._machine(request)
+            if self._closing:
+                with anyio.CancelScope(shield=True):
+                    warm.link.close()
+                    await warm.machine.aclose()
+                raise NoCapacity(SHUT_DOWN)
             sandbox = self._adopt(request, owner, warm)
         finally:
             self._starting -= 1
+            if self._closing and not self._starting:
+                self._none_starting.set()
         telemetry.event(
             "sandbox claimed",
             sandbox=sandbox.id,
@@ -153,7 +161,7 @@ class Daemon:
 
     def _admit(self, request: CreateRequest) -> None:
         if self._closing:
-            raise NoCapacity("the daemon is shutting down")
+            raise NoCapacity(SHUT_DOWN)
         if request.persistent:
             raise NotBuilt("persistent sandboxes are not built yet; leave out persistent")
         if request.template not in self.engine.templates:
@@ -226,9 +234,11 @@ class Daemon:
         for sandbox in sandboxes:
             sandbox.end(SHUT_DOWN)
         with anyio.move_on_after(self.config.shutdown_s):
+            await self.pool.aclose()
             for sandbox in sandboxes:
                 await sandbox.gone.wait()
-            await self.pool.aclose()
+            if self._starting:
+                await self._none_starting.wait()
         with anyio.move_on_after(self.config.shutdown_s, shield=True):
             await self.engine.aclose()
         await self._store.aclose()

@@ -45,6 +45,8 @@ class Pool:
         self._ready: deque[Warm] = deque()
         self._wanted = anyio.Event()
         self._closed = False
+        self._refilling = anyio.CancelScope()
+        self._stopped = anyio.Event()
         self._last_taken_s = 0.0
 
     @property
@@ -95,7 +97,14 @@ class Pool:
         return Warm(machine, link, pooled)
 
     async def run(self) -> None:
-        """Refill for ever; cancel to stop."""
+        """Refill until `aclose`."""
+        try:
+            with self._refilling:
+                await self._refill()
+        finally:
+            self._stopped.set()
+
+    async def _refill(self) -> None:
         pause = FIRST_PAUSE_S
         while True:
             self._wanted = anyio.Event()
@@ -127,8 +136,10 @@ class Pool:
             await warm.machine.aclose()
 
     async def aclose(self) -> None:
-        """Close the machines that nobody took.  Idempotent."""
+        """Stop refilling and close the machines that nobody took.  `run` has been called.  Idempotent."""
         self._closed = True
+        self._refilling.cancel()
+        await self._stopped.wait()
         while self._ready:
             await self._discard(self._ready.popleft())
 
