@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import List
+from typing import List, Union
 
 from podflare.errors import ProtocolError
 
@@ -69,7 +69,7 @@ class Decoder:
         self._buffer = bytearray()
         self._broken = False
 
-    def feed(self, data: bytes) -> List[Frame]:
+    def feed(self, data: Union[bytes, memoryview]) -> List[Frame]:
         """Frames completed by `data`, in order.
 
         Raises: ProtocolError at the first bad header, and on every call after it.
