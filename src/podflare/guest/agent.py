@@ -27,7 +27,6 @@ from podflare.wire.messages import (
     INTERRUPTED,
     Exec,
     Exit,
-    GuestMessage,
     Interrupt,
     Kill,
     Ready,
@@ -125,7 +124,8 @@ class Agent:
         self._ready_sent = False
         # Frames that must come after the output that was in the pipes when they were made: (kind, channel, payload).
         self._held: List[Tuple[int, int, bytes]] = []
-        self._owed = [0, 0]
+        # Of that output, the bytes of each stream not read yet; None before they were counted.
+        self._owed: Optional[List[int]] = None
         self._restarted = False
         """A REPL was lost and no Exit has told it yet."""
         self._poller = Poller()
@@ -285,13 +285,13 @@ class Agent:
     def _take_from_interpreter(self) -> None:
         """Raises: EOFError when the REPL is gone; ProtocolError if it says what it may not say now."""
         cell = self._cell
-        for channel, message in self._interpreter.receive():
-            if cell is None or cell.bash_pid or cell.ending or channel != cell.channel:
+        for frame, message in self._interpreter.receive():
+            if cell is None or cell.bash_pid or cell.ending or frame.channel != cell.channel:
                 raise ProtocolError(f"{message.op} for a cell that does not run")
             if isinstance(message, Exit):
                 self._end_cell(cell, message.code, INTERRUPTED if message.reason == INTERRUPTED else ENDED)
             else:
-                self._hold(channel, message)
+                self._hold(frames.MESSAGE, cell.channel, frame.payload)
         if self._interpreter.python is not None and not self._ready_sent:
             self._ready_sent = True
             ready = Ready(protocol=PROTOCOL, python=self._interpreter.python)
@@ -351,12 +351,12 @@ class Agent:
         if self._cell is None or self._cell.ending:
             self._output.stderr.keep(line)
         else:
-            self._held.append((frames.STDERR, self._cell.channel, line))
-            self._owed = self._output.backlog()
+            self._hold(frames.STDERR, self._cell.channel, line)
 
-    def _hold(self, channel: int, message: GuestMessage) -> None:
-        self._held.append((frames.MESSAGE, channel, to_payload(message)))
-        self._owed = self._output.backlog()
+    def _hold(self, kind: int, channel: int, payload: bytes) -> None:
+        """Send a frame after the output that was written before now."""
+        self._held.append((kind, channel, payload))
+        self._owed = None
 
     def _end_cell(self, cell: _Cell, code: int, reason: str, signal_number: int = 0) -> None:
         """The cell is over; its Exit goes out after its last output."""
@@ -365,24 +365,29 @@ class Agent:
         cell.ending = True
         cell.timer = None
         restarted, self._restarted = self._restarted, False
-        self._hold(cell.channel, Exit(code=code, reason=reason, restarted=restarted, signal=signal_number))
+        last = Exit(code=code, reason=reason, restarted=restarted, signal=signal_number)
+        self._hold(frames.MESSAGE, cell.channel, to_payload(last))
 
     def _send_held(self) -> None:
         """Output that is owed first, then what was held back for it; as far as the outbox takes it."""
         if not self._held:
             return
         channel = self._held[0][1]
+        if self._owed is None:
+            self._owed = self._output.backlog()
+        owed = self._owed
         for number, stream in enumerate(self._output.streams):
-            while self._owed[number]:
+            while owed[number]:
                 if self._host.full:
                     return
-                data = stream.read(self._owed[number])
+                data = stream.read(owed[number])
                 # User code can read its own pipe empty through /proc/self/fd; then nothing is owed any more.
-                self._owed[number] = self._owed[number] - len(data) if data else 0
+                owed[number] = owed[number] - len(data) if data else 0
                 if data:
-                    self._host.send(stream.kind, channel, data)
+                    self._host.post(stream.kind, channel, data)
         for kind, to, payload in self._held:
-            self._host.send(kind, to, payload)
+            self._host.post(kind, to, payload)
+        self._host.flush()
         self._held.clear()
         if self._cell is not None and self._cell.ending:
             self._cell = None

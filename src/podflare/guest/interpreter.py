@@ -86,13 +86,13 @@ class Interpreter:
             processes.reap()
         raise GuestBroken("no process can be started any more")
 
-    def receive(self) -> List[Tuple[int, Union[Result, Error, Exit]]]:
-        """(channel, message) of what the REPL says of a cell; Ready is taken out and noted.
+    def receive(self) -> List[Tuple[frames.Frame, Union[Result, Error, Exit]]]:
+        """What the REPL says of a cell, as it came and decoded; Ready is taken out and noted.
 
         Raises: EOFError when the REPL is gone; ProtocolError if it sent anything else.
         """
         assert self.link is not None
-        checked: List[Tuple[int, Union[Result, Error, Exit]]] = []
+        checked: List[Tuple[frames.Frame, Union[Result, Error, Exit]]] = []
         for frame in self.link.receive():
             if frame.kind != frames.MESSAGE:
                 raise ProtocolError(f"the Python process sent a frame of kind {frame.kind}")
@@ -101,7 +101,7 @@ class Interpreter:
                 self._failed_starts = 0
                 self.python = message.python
             elif isinstance(message, (Result, Error, Exit)):
-                checked.append((frame.channel, message))
+                checked.append((frame, message))
             else:
                 raise ProtocolError(f"the Python process sent {message.op!r}")
         return checked

@@ -14,7 +14,7 @@ import select
 import signal
 import socket
 import sys
-from typing import Any, Callable, Dict, List, NoReturn, Optional, Tuple
+from typing import Any, Callable, List, NoReturn, Optional, Tuple
 
 from podflare.guest import display, environment, namespace, tracebacks
 from podflare.guest.cells import NO_VALUE, Awaiter, Compiler, exit_status
@@ -111,8 +111,8 @@ class _AgentLink:
         """Whether the agent sent something that was not read yet."""
         return bool(self._received) or bool(self._poll.poll(0))
 
-    def send(self, channel: int, message: Message) -> None:
-        data = memoryview(frames.encode(frames.MESSAGE, channel, to_payload(message)))
+    def send(self, channel: int, *messages: Message) -> None:
+        data = memoryview(b"".join(frames.encode(frames.MESSAGE, channel, to_payload(m)) for m in messages))
         while data:
             data = data[os.write(self._fd, data) :]
 
@@ -133,6 +133,8 @@ class Repl:
         self._main = namespace.make_main()
         self._pid = os.getpid()
         self._channel: Optional[int] = None
+        self._last_words: List[Message] = []
+        """Messages that go out together with the cell's Exit."""
         # Other threads may display while the main thread ends the cell.
         self._send_lock = _thread.allocate_lock()
         builtins.display = self.display  # type: ignore[attr-defined]  # the builtin that this adds
@@ -154,6 +156,7 @@ class Repl:
 
     def _serve_cell(self, channel: int, cell: Exec) -> None:
         self._channel = channel
+        self._last_words = []
         try:
             code, reason = self._run(cell)
         except KeyboardInterrupt:
@@ -164,7 +167,7 @@ class Repl:
             os._exit(code)
         with self._send_lock:
             self._channel = None
-            self._link.send(channel, Exit(code=code, reason=reason))
+            self._link.send(channel, *self._last_words, Exit(code=code, reason=reason))
 
     def _run(self, cell: Exec) -> Tuple[int, str]:
         """Exit code and reason.  Raises: KeyboardInterrupt if one comes while the end is being reported."""
@@ -194,22 +197,19 @@ class Repl:
         # The module, not its dict, is kept: user code may put another `__main__` in its place.
         value = compiled.run(self._main.__dict__, self._awaiter)
         if value is not NO_VALUE:
-            self._send_result(display.mime_bundle(value, self._note), "value")
+            self._last_words.append(Result(data=display.mime_bundle(value, self._note), kind="value"))
 
     def display(self, *values: Any) -> None:
         """Show each value in its richest form.  Outside of a cell, or in a forked process, print it."""
         for value in values:
             bundle = display.mime_bundle(value, self._note)
-            if not self._send_result(bundle, "display"):
+            if not self._send(Result(data=bundle, kind="display")):
                 print(bundle.get("text/plain", ""))
 
-    def _send_result(self, data: Dict[str, str], kind: str) -> bool:
+    def _send(self, message: Message) -> bool:
+        """Send within the running cell; False if there is none, or if this is a process that user code forked."""
         if os.getpid() != self._pid:
             return False
-        return self._send(Result(data=data, kind=kind))
-
-    def _send(self, message: Message) -> bool:
-        """Send within the running cell; False if there is none."""
         shielded = self._gate.shield()
         try:
             with self._send_lock:
@@ -223,7 +223,7 @@ class Repl:
     def _show_figures(self) -> None:
         if "matplotlib.pyplot" in sys.modules:
             for bundle in display.take_open_figures(self._note):
-                self._send_result(bundle, "display")
+                self._last_words.append(Result(data=bundle, kind="display"))
 
     def _report(self, exc: BaseException) -> None:
         """Traceback to stderr and the Error message."""
@@ -233,8 +233,7 @@ class Repl:
         self._streams.flush()
         self._streams.restore()
         self._streams.write_error(text)
-        if os.getpid() == self._pid:
-            self._send(Error(name=name, value=value, traceback=text))
+        self._last_words.append(Error(name=name, value=value, traceback=text))
 
     def _note(self, text: str) -> None:
         self._streams.write_error(f"podflare: {text}\n")
