@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -30,7 +31,7 @@ def test_events_do_not_depend_on_where_the_stream_is_cut(cuts: list[int]) -> Non
     """Any cutting of the bytes gives the same events, heartbeats between them included."""
     data = b"\n" + OUT + b"\n\n" + EXIT
     edges = [0, *sorted(cuts), len(data)]
-    pieces = [data[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [data[a:b] for a, b in itertools.pairwise(edges)]
     assert [(event.type, event.data) for event in collected(*pieces)] == [("stdout", "a\u2028b"), ("exit", 1)]
 
 
