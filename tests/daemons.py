@@ -1,0 +1,59 @@
+"""Runs `podflare serve` as an operator does: a process of its own, found by the line it announces."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+START_S = 40.0
+STOP_S = 20.0
+
+
+@dataclass
+class ServedDaemon:
+    """A daemon that accepts connections at `url`."""
+
+    url: str
+    pid: int
+
+
+@contextlib.contextmanager
+def served(folder: Path, *words: str, env: Mapping[str, str] | None = None) -> Iterator[ServedDaemon]:
+    """Serve on a free port of loopback, with what it keeps under `folder`; `words` are further options.
+
+    Without a pool: what is refilled after a test would look like a leak of that test.
+    """
+    command = [sys.executable, "-m", "podflare", "serve", "--host", "127.0.0.1", "--port", "0", "--announce"]
+    command += ["--data-dir", f"{folder}/d", "--pool-size", "0", *words]
+    descriptor, name = tempfile.mkstemp(prefix="log", dir=folder)
+    log = Path(name)
+    with os.fdopen(descriptor, "wb") as stream:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stream, env={**os.environ, **(env or {})}
+        )
+    assert process.stdout is not None
+    try:
+        assert select.select([process.stdout], [], [], START_S)[0], log.read_text()
+        line = process.stdout.readline()
+        assert line, log.read_text()
+        yield ServedDaemon(json.loads(line)["address"], process.pid)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            code = process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise
+        finally:
+            process.stdout.close()
+    assert code == 0, log.read_text()
