@@ -52,7 +52,7 @@ def serve(config: Config, engine: Callable[[EngineOptions], Engine] | None = Non
     if warning:
         telemetry.problem(warning)
     make, reap = _engine(config.engine)
-    sock = _listen(config)
+    sock = listen(config)
     try:
         instance = open_instance(config.data_dir, reap)
         try:
@@ -97,7 +97,7 @@ def _engine(name: str) -> tuple[Callable[[EngineOptions], Engine], Callable[[Pat
 # The socket.
 
 
-def _listen(config: Config) -> socket.socket:
+def listen(config: Config) -> socket.socket:
     """The bound, listening socket.  Raises: BadRequest with what to do."""
     try:
         return _listen_unix(config.uds) if config.uds is not None else _listen_tcp(config.host, config.port)
