@@ -15,7 +15,7 @@ from podflare.client._concurrency import in_thread_async, shield_async
 from podflare.client._files import Content, LocalPath, Target, open_source
 from podflare.client._transport import AsyncTransport
 from podflare.client._types import Event, ExecResult, Language
-from podflare.errors import BadRequest, Conflict, PodflareError
+from podflare.errors import BadRequest, Conflict, ConnectionLost, DaemonUnreachable, PodflareError
 from podflare.wire.api import SandboxInfo
 
 _UNDO_TIMEOUT_S = 5.0
@@ -191,6 +191,15 @@ class AsyncClient(AsyncPtyCalls):
         }
         call = _calls.create(options, secrets.token_hex(16))
         connection = await self.connection(renew=True)
+        try:
+            return await self._create(connection, call)
+        except (DaemonUnreachable, ConnectionLost):
+            if not self._has_ended(connection):
+                raise
+        # The private daemon ended between two looks: nothing of it is left, so this is a first try on a new one.
+        return await self._create(await self.connection(renew=True), call)
+
+    async def _create(self, connection: AsyncConnection, call: _calls.Call) -> dict[str, Any]:
         try:
             return _calls.parse_created(call, await connection.call(call))
         except Exception:

@@ -16,7 +16,7 @@ from podflare.client._sync.connection import Connection
 from podflare.client._sync.pty import PtyCalls
 from podflare.client._transport import SyncTransport
 from podflare.client._types import Event, ExecResult, Language
-from podflare.errors import BadRequest, Conflict, PodflareError
+from podflare.errors import BadRequest, Conflict, ConnectionLost, DaemonUnreachable, PodflareError
 from podflare.wire.api import SandboxInfo
 
 _UNDO_TIMEOUT_S = 5.0
@@ -192,6 +192,15 @@ class Client(PtyCalls):
         }
         call = _calls.create(options, secrets.token_hex(16))
         connection = self.connection(renew=True)
+        try:
+            return self._create(connection, call)
+        except (DaemonUnreachable, ConnectionLost):
+            if not self._has_ended(connection):
+                raise
+        # The private daemon ended between two looks: nothing of it is left, so this is a first try on a new one.
+        return self._create(self.connection(renew=True), call)
+
+    def _create(self, connection: Connection, call: _calls.Call) -> dict[str, Any]:
         try:
             return _calls.parse_created(call, connection.call(call))
         except Exception:
