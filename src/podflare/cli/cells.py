@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
+import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from podflare.cli.terminal import write_output
@@ -44,26 +47,39 @@ def run_cell(
     Raises: PodflareError if the cell could not be run to its end; what `show` raises, after interrupting the cell.
     """
     pump = _Pump(sandbox, code, language, timeout_s)
-    pump.start()
     exit_code = -1
-    interrupted = False
+    with _ctrl_c_goes_to(sandbox):
+        pump.start()
+        try:
+            while (event := pump.next()) is not None:
+                if event.type == EXIT:
+                    exit_code = int(event.data)
+                show(event)
+        finally:
+            pump.leave()
+    return exit_code
+
+
+@contextlib.contextmanager
+def _ctrl_c_goes_to(sandbox: Sandbox) -> Iterator[None]:
+    """Within the block the first SIGINT interrupts the sandbox's cell, and only the second raises KeyboardInterrupt.
+
+    A handler, because KeyboardInterrupt would come up wherever the main thread is, half-written output included.
+    """
+    pressed = 0
+
+    def on_sigint(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        pressed += 1
+        if pressed > 1:
+            raise KeyboardInterrupt
+        sandbox.interrupt()
+
+    before = signal.signal(signal.SIGINT, on_sigint)
     try:
-        while True:
-            try:
-                event = pump.next()
-            except KeyboardInterrupt:
-                if interrupted:
-                    raise
-                interrupted = True
-                sandbox.interrupt()
-                continue
-            if event is None:
-                return exit_code
-            if event.type == EXIT:
-                exit_code = int(event.data)
-            show(event)
+        yield
     finally:
-        pump.leave()
+        signal.signal(signal.SIGINT, before)
 
 
 class _Pump(threading.Thread):

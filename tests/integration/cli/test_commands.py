@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 from podflare import Sandbox
 from programs import PROGRAM, Cli
@@ -113,14 +114,16 @@ def test_repl_on_a_terminal(cli: Cli) -> None:
         terminal.wait_for(">>> ")
         terminal.type("twice(21)\n")
         terminal.wait_for(r"\n42\r?\n>>> ")
-        terminal.type("while True: pass\n")
+        terminal.type("while True: print('spin', 'ning', sep='') or __import__('time').sleep(0.1)\n")
         terminal.wait_for(r"\.\.\. ")
         terminal.type("\n")
-        terminal.wait_for(r"\n")
+        terminal.wait_for("spinning")
         terminal.type("\x03")
         terminal.wait_for("KeyboardInterrupt")
         terminal.wait_for(">>> ")
-        terminal.type("this is dropp\x03")
+        terminal.type("this is dropped")
+        terminal.wait_for("dropped")  # its echo: readline waits for keys now
+        terminal.type("\x03")
         terminal.wait_for(">>> ")
         terminal.type("twice(50)\n")
         terminal.wait_for(r"\n100\r?\n>>> ")
@@ -130,11 +133,9 @@ def test_repl_on_a_terminal(cli: Cli) -> None:
     assert code == 0
 
 
-def test_serve_ends_on_sigterm(cli: Cli, private_temp: os.PathLike[str]) -> None:
+def test_serve_ends_on_sigterm(cli: Cli, data_dir: Path) -> None:
     """A daemon that is asked to end does, with exit code 0 and nothing left (the leak check looks)."""
-    with cli.start(
-        "serve", "--port", "0", "--data-dir", f"{os.fspath(private_temp)}/serve", "--pool-size", "0"
-    ) as daemon:
+    with cli.start("serve", "--port", "0", "--data-dir", f"{data_dir}/serve", "--pool-size", "0") as daemon:
         assert daemon.stderr is not None
         while "http://127.0.0.1" not in daemon.stderr.readline():
             assert daemon.poll() is None
