@@ -28,6 +28,7 @@ class Daemon:
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self._data_dir = tempfile.mkdtemp(prefix="podflare-bench-")
+        Path(self._data_dir).chmod(0o711)  # a machine of a root daemon enters with another id
         self._log = Path(self._data_dir) / "log"
         command = [
             sys.executable,
