@@ -37,9 +37,9 @@ KEPT_LOG_BYTES = 16 * 1024
 SHOWN_LOG_LINES = 12
 
 _PREFIX = "podflare-"
+_UNLOCKED_PREFIX = ".podflare-"
+"""Of a directory that its process has not locked yet."""
 _SOCKET = "daemon.sock"
-_FRESH_S = 60.0
-"""A younger directory may belong to a process that has not locked it yet."""
 
 _HINT = (
     "Run `podflare doctor` to see what this machine lacks, or start `podflare serve` elsewhere and pass host= "
@@ -63,13 +63,14 @@ class _Directory:
                 continue
             try:
                 _remove_leftovers(base)
-                path = tempfile.mkdtemp(prefix=_PREFIX, dir=base)  # 0700
+                unlocked = Path(tempfile.mkdtemp(prefix=_UNLOCKED_PREFIX, dir=base))  # 0700
             except OSError as exc:
                 problems.append(f"{base}: {exc.strerror}")
                 continue
-            lock_fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            lock_fd = os.open(unlocked, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             fcntl.flock(lock_fd, fcntl.LOCK_EX)
-            return path, lock_fd
+            path = unlocked.rename(unlocked.with_name(unlocked.name[1:]))
+            return str(path), lock_fd
         raise DaemonStartFailed(
             "no directory for the daemon's socket: " + "; ".join(problems) + ". Set XDG_RUNTIME_DIR."
         )
@@ -81,6 +82,7 @@ class _Directory:
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
         self.forget()
+        _remove_leftovers(str(Path(self.path).parent))
 
     def forget(self) -> None:
         """Let go without removing: for a forked child, whose parent owns the directory."""
@@ -90,11 +92,11 @@ class _Directory:
 
 
 def _remove_leftovers(base: str) -> None:
-    """Remove what processes left that were killed together with their daemon."""
+    """Remove what killed processes left: their daemons take the socket with them, the directory stays."""
     for path in Path(base).glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):
             info = path.lstat()
-            if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or time.time() - info.st_mtime < _FRESH_S:
+            if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid():
                 continue
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
