@@ -16,6 +16,7 @@ from typing import Callable, List, NoReturn, Optional, Tuple
 from podflare.errors import ProtocolError
 from podflare.guest import environment, files, processes, shell
 from podflare.guest.interpreter import GuestBroken, Interpreter, describe_end
+from podflare.guest.interrupts import INTERRUPT_SIGNAL
 from podflare.guest.link import Link
 from podflare.guest.output import Output, Stream
 from podflare.guest.poller import READ, WRITE, Poller
@@ -37,8 +38,6 @@ from podflare.wire.version import PROTOCOL
 
 BASH_GRACE_S = 0.25
 """A bash cell that was interrupted may run its traps for this long before it is killed with all it started."""
-_SIGINT_RETRY_S = 0.02
-_SIGINT_TRIES = 100
 _LAST_READS = 64
 """Reads of what an ended REPL left in its socket; a process that it forked could write there for ever."""
 
@@ -81,7 +80,8 @@ def _complain(text: str) -> None:
 def _quiet_signals() -> int:
     """Be deaf to what user code may send; wake up, by the returned pipe, when a child ends."""
     wake_r, wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    # INTERRUPT_SIGNAL for the moment between the fork of a REPL and its own handler.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, INTERRUPT_SIGNAL):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)
@@ -101,7 +101,6 @@ class _Cell:
         self.ending = False
         """Its Exit waits for the last output to be sent."""
         self.timer: Optional[Tuple[float, Callable[["_Cell"], None]]] = None
-        self.sigint_tries = 0
 
     def after(self, delay_s: float, action: Callable[["_Cell"], None]) -> None:
         self.timer = (time.monotonic() + delay_s, action)
@@ -224,20 +223,7 @@ class Agent:
         # The message reaches a REPL that has not begun the cell yet, the signal one that has.
         assert self._interpreter.link is not None
         self._interpreter.link.send(frames.MESSAGE, cell.channel, payload)
-        cell.sigint_tries = 0
-        self._send_sigint(cell)
-
-    def _send_sigint(self, cell: _Cell) -> None:
-        """SIGINT to the REPL, then the end of what the cell started.
-
-        While system(3) runs a command its caller ignores SIGINT: then the command's end comes first, and SIGINT
-        when it is heard again.
-        """
-        cell.sigint_tries += 1
-        if cell.sigint_tries < _SIGINT_TRIES and processes.ignores_sigint(self._interpreter.pid):
-            cell.after(_SIGINT_RETRY_S, self._send_sigint)
-        else:
-            processes.send_signal(self._interpreter.pid, signal.SIGINT)
+        processes.send_signal(self._interpreter.pid, INTERRUPT_SIGNAL)
         self._sweep(cell)
 
     def _kill(self, cell: _Cell) -> None:

@@ -1,4 +1,4 @@
-"""When SIGINT may become a KeyboardInterrupt: only while user code of a cell runs.
+"""When a signal may become a KeyboardInterrupt: only while user code of a cell runs.
 
 Knows nothing of cells.  Main thread only, where Python runs signal handlers.
 """
@@ -10,24 +10,30 @@ import signal
 from types import FrameType
 from typing import Optional
 
+INTERRUPT_SIGNAL = signal.SIGRTMIN + 5
+"""What the agent interrupts with.  Not SIGINT, because system(3) throws that away while its command runs, and
+because user code may have a SIGINT handler of its own, which is its right."""
+
 
 class InterruptGate:
-    """The SIGINT handler with its state.  A SIGINT outside of `arm` ... `disarm` is dropped."""
+    """The handler of INTERRUPT_SIGNAL and, at first, of SIGINT.  A signal outside of `arm` ... `disarm` is dropped."""
 
     def __init__(self) -> None:
         self._armed = False
         self._shielded = False
         self._pending = False
         self._main_thread = _thread.get_ident()
+        signal.signal(signal.SIGINT, self._handle)
+        signal.signal(INTERRUPT_SIGNAL, self._handle)
 
     def arm(self) -> None:
-        """From now on SIGINT raises.  Reinstalls the handler, which user code of the last cell may have replaced."""
-        signal.signal(signal.SIGINT, self._handle)
+        """From now on signals raise.  Reinstalls the handler, which user code of the last cell may have replaced."""
+        signal.signal(INTERRUPT_SIGNAL, self._handle)
         self._pending = False
         self._armed = True
 
     def disarm(self) -> None:
-        """From the return on, SIGINT is dropped.
+        """From the return on, signals are dropped.
 
         Raises: KeyboardInterrupt if one came before the flag was down; call again then.
         """

@@ -17,7 +17,6 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _GENTLE_ROUNDS = 8
 """Sweeps before a population that grows as fast as it is killed counts as a fork bomb."""
 _MAX_ROUNDS = 200
-_SIGINT_BIT = 1 << (signal.SIGINT - 1)
 
 
 @dataclass(frozen=True)
@@ -110,18 +109,6 @@ def reap() -> List[Tuple[int, int]]:
         if pid == 0:
             return ended
         ended.append((pid, status))
-
-
-def ignores_sigint(pid: int) -> bool:
-    """Whether the process ignores SIGINT at this moment, as system(3) does while its command runs."""
-    try:
-        with open(f"/proc/{pid}/status", "rb") as file:
-            for line in file:
-                if line.startswith(b"SigIgn:"):
-                    return bool(int(line.split()[1], 16) & _SIGINT_BIT)
-    except OSError:
-        pass  # it has ended; the caller hears of that by SIGCHLD
-    return False
 
 
 def send_signal(pid: int, number: int) -> None:

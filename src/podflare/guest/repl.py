@@ -142,8 +142,6 @@ class Repl:
     def serve(self) -> None:
         """Run cells until the agent is gone."""
         os.register_at_fork(after_in_child=self._leave_to_child)
-        self._gate.arm()
-        self._disarm()
         self._link.send(0, Ready(protocol=PROTOCOL, python=platform.python_version()))
         while True:
             frame = self._link.next_frame()
@@ -181,9 +179,9 @@ class Repl:
         except SystemExit as exc:
             code = self._exit_status(exc)
         except BaseException as exc:  # noqa: BLE001  # every exception of user code ends here
-            code = 1
-            if isinstance(exc, KeyboardInterrupt):
-                code, reason = EXIT_INTERRUPTED, INTERRUPTED
+            # Not isinstance: that asks the object, which may have an answer of its own.
+            interrupted = issubclass(type(exc), KeyboardInterrupt)
+            code, reason = (EXIT_INTERRUPTED, INTERRUPTED) if interrupted else (1, ENDED)
             self._report(exc)
         self._show_figures()
         self._streams.flush()
@@ -227,8 +225,8 @@ class Repl:
 
     def _report(self, exc: BaseException) -> None:
         """Traceback to stderr and the Error message."""
-        tb = tracebacks.user_traceback(exc, self._sources.names)
-        sys.last_type, sys.last_value, sys.last_traceback = type(exc), exc, tb
+        sys.last_type, sys.last_value = type(exc), exc
+        sys.last_traceback = tracebacks.user_traceback(exc, self._sources.names)
         name, value, text = tracebacks.describe(exc, self._sources.names)
         self._streams.flush()
         self._streams.restore()

@@ -7,10 +7,20 @@ import signal
 from typing import Tuple
 
 from podflare.guest import environment
+from podflare.guest.interrupts import INTERRUPT_SIGNAL
 
 CANNOT_RUN, NOT_FOUND = 126, 127
 """Exit codes of a shell that cannot run, or find, a command."""
-_RESET = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGPIPE", "SIGXFSZ", "SIGCHLD"))
+_RESET = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGPIPE,
+    signal.SIGXFSZ,
+    signal.SIGCHLD,
+    INTERRUPT_SIGNAL,
+)
+"""What the agent or the interpreter ignores or handles, and a shell must not inherit."""
 
 
 def start(code: str, output: Tuple[int, int], home: str) -> int:
@@ -18,6 +28,8 @@ def start(code: str, output: Tuple[int, int], home: str) -> int:
 
     Raises: OSError if no process can be made.
     """
+    for fd in output:
+        os.set_blocking(fd, True)  # an earlier process may have changed it for everybody
     pid = os.fork()
     if pid:
         return pid

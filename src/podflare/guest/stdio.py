@@ -34,6 +34,7 @@ class StandardStreams:
         for name in _NAMES:
             self._renew(name)
             setattr(sys, name, self._own[name])
+            setattr(sys, f"__{name}__", self._own[name])
 
     def restore(self) -> None:
         """Make descriptors and sys streams usable again where they are not.
@@ -43,15 +44,18 @@ class StandardStreams:
         for fd in range(3):
             if _identity(fd) != self._identity[fd]:
                 os.dup2(self._copies[fd], fd)
+            # Some programs make what they inherit non-blocking, for everybody who shares it; print() then fails.
+            if not os.get_blocking(fd):
+                os.set_blocking(fd, True)
         for name in _NAMES:
-            own = self._own[name]
-            if own.closed:
+            if not _usable(self._own[name]):
                 self._renew(name)
+            own = self._own[name]
+            if getattr(sys, f"__{name}__", None) is not own:
+                setattr(sys, f"__{name}__", own)
             current = getattr(sys, name, None)
-            if current is own and current is self._own[name]:
-                continue
-            if not _usable(current):
-                setattr(sys, name, self._own[name])
+            if current is not own and not _usable(current):
+                setattr(sys, name, own)
 
     def flush(self) -> None:
         """Send out what is buffered, in the user's own streams as well."""
@@ -80,7 +84,6 @@ class StandardStreams:
             writer = io.BufferedWriter(io.FileIO(fd, "w", closefd=False))
             stream = io.TextIOWrapper(writer, encoding="utf-8", errors="backslashreplace", line_buffering=True)
         self._own[name] = stream
-        setattr(sys, f"__{name}__", stream)
 
 
 def _identity(fd: int) -> Tuple[int, int]:

@@ -16,6 +16,8 @@ from podflare.wire.messages import MAX_TEXT_CHARS, MAX_TRACEBACK_CHARS
 
 _OUR_FOLDER = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _MAX_CHAIN = 100
+# Kept, for user code may put something else in its place.
+_TracebackException = traceback.TracebackException
 _MAX_KEPT_SOURCE_CHARS = 64 * 1024 * 1024
 
 
@@ -43,12 +45,14 @@ class CellSources:
 
 def user_traceback(exc: BaseException, cells: Set[str]) -> Optional[TracebackType]:
     """The traceback from the cell's own line on; without one (awaits that never ran) all frames that are not ours."""
-    tb = exc.__traceback__
+    # Read past whatever attribute access the exception's class defines.
+    whole: Optional[TracebackType] = BaseException.__dict__["__traceback__"].__get__(exc)
+    tb = whole
     while tb is not None and tb.tb_frame.f_code.co_filename not in cells:
         tb = tb.tb_next
     if tb is not None:
         return tb
-    tb = exc.__traceback__
+    tb = whole
     while tb is not None and _is_ours(tb.tb_frame.f_code.co_filename):
         tb = tb.tb_next
     return tb
@@ -56,15 +60,23 @@ def user_traceback(exc: BaseException, cells: Set[str]) -> Optional[TracebackTyp
 
 def describe(exc: BaseException, cells: Set[str]) -> Tuple[str, str, str]:
     """(class name, message, traceback text with newline) of an uncaught exception; bounded."""
-    name = _clip(type(exc).__name__, 1024)
+    name = _name(exc)
+    # First: the traceback module swallows an interrupt that hits a slow __str__, this does not.
+    message = _clip(_message(exc), MAX_TEXT_CHARS)
+    tb = user_traceback(exc, cells)
     try:
-        tb = user_traceback(exc, cells)
-        report = traceback.TracebackException(type(exc), exc, tb)
-        lines = _format(report, has_frames=tb is not None)
-        text = "".join(lines)
-    except Exception as failure:  # noqa: BLE001  # hostile __str__, recursion, memory: the cell still gets its error
-        text = f"{name}: <could not be formatted: {type(failure).__name__}>\n"
-    return name, _clip(_message(exc), MAX_TEXT_CHARS), _clip(text, MAX_TRACEBACK_CHARS)
+        report = _TracebackException(type(exc), exc, tb)
+        text = "".join(_format(report, has_frames=tb is not None))
+    except Exception as failure:  # noqa: BLE001  # hostile attributes, recursion, memory: the cell still gets its error
+        text = f"{_frames_alone(tb)}{name}: <could not be formatted: {_name(failure)}>\n"
+    return name, message, _clip(text, MAX_TRACEBACK_CHARS)
+
+
+def _frames_alone(tb: Optional[TracebackType]) -> str:
+    try:
+        return "Traceback (most recent call last):\n" + "".join(traceback.format_tb(tb))
+    except Exception:  # noqa: BLE001  # even the modules may have been tampered with
+        return ""
 
 
 def _format(report: traceback.TracebackException, *, has_frames: bool) -> List[str]:
@@ -87,8 +99,15 @@ def _drop_our_frames(report: traceback.TracebackException) -> None:
 def _message(exc: BaseException) -> str:
     try:
         return str(exc)
-    except Exception as failure:  # noqa: BLE001  # str() of a user's class may raise anything
-        return f"<unprintable: str() raised {type(failure).__name__}>"
+    except KeyboardInterrupt:
+        raise
+    except BaseException as failure:  # noqa: BLE001  # str() of a user's class may raise anything
+        return f"<unprintable: str() raised {_name(failure)}>"
+
+
+def _name(exc: BaseException) -> str:
+    """Name of its class, read past whatever a metaclass defines."""
+    return str(type.__dict__["__name__"].__get__(type(exc)))[:200]
 
 
 def _is_ours(filename: str) -> bool:
