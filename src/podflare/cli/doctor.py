@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -59,7 +60,7 @@ def show(reports: Sequence[EngineReport]) -> None:
         out.print(Text.assemble("engine ", (report.engine, "bold"), ": ", _verdict(report)))
         if report.problem:
             out.print(f"  {one_line(report.problem)}")
-        out.print(_walls(report))
+        _show_walls(out, report)
     if not any(report.usable for report in reports):
         out.print("\nNo engine can make a sandbox here.")
 
@@ -73,11 +74,13 @@ def _verdict(report: EngineReport) -> tuple[str, str]:
     return "usable, every wall available", "green"
 
 
-def _walls(report: EngineReport) -> Table:
-    table = Table(box=None, show_header=False, pad_edge=True, padding=(0, 2))
-    for status in report.walls:
-        mark = Text("yes", "green") if status.available else Text("NO", "bold red")
-        # In a pipe one wall stays one line; on a terminal a long detail wraps inside its column.
-        detail = Text(one_line(status.detail), overflow="fold", no_wrap=not is_rich(sys.stdout))
-        table.add_row(Text(status.wall), mark, detail)
-    return table
+def _show_walls(out: Console, report: EngineReport) -> None:
+    rows = [(status.wall, "yes" if status.available else "NO", one_line(status.detail)) for status in report.walls]
+    if not is_rich(sys.stdout):
+        for wall, mark, detail in rows:
+            out.print(f"  {wall:<20} {mark:<4} {detail}".rstrip())
+        return
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    for wall, mark, detail in rows:
+        table.add_row("", wall, Text(mark, "green" if mark == "yes" else "bold red"), Text(detail, overflow="fold"))
+    out.print(table)
