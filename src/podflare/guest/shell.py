@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import Tuple
+from typing import List, Tuple, Union
 
 from podflare.guest import environment
 from podflare.guest.interrupts import INTERRUPT_SIGNAL
@@ -21,6 +21,10 @@ _RESET = (
     INTERRUPT_SIGNAL,
 )
 """What the agent or the interpreter ignores or handles, and a shell must not inherit."""
+
+
+_MAX_ARGUMENT_BYTES = 128 * 1024 - 1
+"""execve(2), MAX_ARG_STRLEN: the longest single argument, whatever the limit of all together."""
 
 
 def start(code: str, output: Tuple[int, int], home: str) -> int:
@@ -43,7 +47,7 @@ def start(code: str, output: Tuple[int, int], home: str) -> int:
         for number in _RESET:
             signal.signal(number, signal.SIG_DFL)
         # Every other descriptor of the agent is close-on-exec.
-        os.execvp("bash", ["bash", "-c", code])
+        os.execvp("bash", ["bash", *_arguments(os.fsencode(code))])
     except FileNotFoundError:
         os.write(2, b"podflare: bash is not installed in this template\n")
         os._exit(NOT_FOUND)
@@ -52,3 +56,15 @@ def start(code: str, output: Tuple[int, int], home: str) -> int:
     finally:
         os._exit(CANNOT_RUN)
     raise AssertionError("unreachable")
+
+
+def _arguments(code: bytes) -> List[Union[str, bytes]]:
+    """How to have bash run `code`: as an argument, or from a nameless file if it is too long for one."""
+    if len(code) <= _MAX_ARGUMENT_BYTES:
+        return ["-c", code]
+    fd = os.memfd_create("cell")
+    os.set_inheritable(fd, True)
+    with open(fd, "wb", closefd=False) as file:
+        # bash reads a script through a descriptor of its own, so this one need not go to the commands.
+        file.write(b"exec %d<&-; " % fd + code)
+    return [f"/proc/self/fd/{fd}"]
