@@ -191,12 +191,16 @@ async def serve_until(
     async with anyio.create_task_group() as tasks:
         await daemon.run(tasks)
         async with _server(App(daemon, config), sock):
-            if config.announce:
-                _announce(config, engine, sock)
-            telemetry.event("daemon ready", address=_address(config, sock), engine=engine.name, instance=instance.name)
-            await stop.wait()
-            with anyio.CancelScope(shield=True):
-                await daemon.shut_down()
+            try:
+                if config.announce:
+                    _announce(config, engine, sock)
+                address = _address(config, sock)
+                telemetry.event("daemon ready", address=address, engine=engine.name, instance=instance.name)
+                await stop.wait()
+            finally:
+                # Before the server: streams of cells end with their cause instead of breaking off.
+                with anyio.CancelScope(shield=True):
+                    await daemon.shut_down()
         tasks.cancel_scope.cancel()
 
 

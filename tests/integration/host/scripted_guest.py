@@ -36,7 +36,9 @@ class ScriptedGuest:
         return self._frames.pop(0)
 
     async def next_message(self) -> tuple[int, Message]:
-        frame = await self.next_frame()
+        """Skips file bytes."""
+        while (frame := await self.next_frame()).kind != frames.MESSAGE:
+            pass
         return frame.channel, from_host(frame.payload)
 
     async def next_exec(self) -> tuple[int, Exec]:
