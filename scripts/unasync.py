@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src/podflare/client/_async"
 TARGET = ROOT / "src/podflare/client/_sync"
+CONFIG = ROOT / "pyproject.toml"
 
 HEADER = "# Generated from _async/{name} by scripts/unasync.py: change that file, not this one.\n"
 
@@ -103,7 +104,7 @@ def formatted(text: str, path: Path) -> str:
     lint = ["check", "--quiet", "--select", "I,F401,UP028,RET504", "--fix-only", "--unsafe-fixes"]
     for command in (lint, ["format", "--quiet"]):
         done = subprocess.run(
-            [sys.executable, "-m", "ruff", *command, "--stdin-filename", str(path), "-"],
+            [sys.executable, "-m", "ruff", *command, "--config", str(CONFIG), "--stdin-filename", str(path), "-"],
             input=text,
             capture_output=True,
             text=True,
