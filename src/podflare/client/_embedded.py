@@ -178,6 +178,9 @@ class Daemon:
         except OSError as exc:
             self._directory.remove()
             raise DaemonStartFailed(f"cannot run {sys.executable}: {exc.strerror}. {_HINT}") from exc
+        except BaseException:
+            self._directory.remove()
+            raise
 
     def _spawn(self) -> tuple[subprocess.Popen[bytes], _Log]:
         command = [sys.executable, "-m", "podflare", "serve", "--uds", self._directory.socket_path]

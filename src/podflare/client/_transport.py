@@ -6,6 +6,7 @@ than a cell.  Whoever acquires one releases it.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import os
@@ -157,6 +158,7 @@ def _forget_in_child() -> None:
 _inherited: list[_Shared] = []
 """In a forked child: kept so that no destructor runs on them."""
 os.register_at_fork(after_in_child=_forget_in_child)
+atexit.register(close_all_sync)
 
 
 @dataclass
