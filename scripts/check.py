@@ -51,9 +51,8 @@ def run(check: tuple[str, list[str]]) -> bool:
 
 
 def main() -> int:
-    here = [check for check in CHECKS if check[1][0] != PYTHON or (ROOT / check[1][1]).exists()]
     with ThreadPoolExecutor(max_workers=2) as pool:
-        results = list(pool.map(run, here))
+        results = list(pool.map(run, CHECKS))
     failed = results.count(False)
     print(f"{len(results) - failed} checks passed, {failed} failed")
     return 1 if failed else 0
