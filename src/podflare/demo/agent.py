@@ -114,7 +114,7 @@ def _connect(stack: ExitStack, scripted: bool) -> anthropic.Anthropic:
     try:
         import anthropic
     except ImportError as error:
-        raise BadRequest("the demo needs the anthropic package: pip install 'podflare[anthropic]'") from error
+        raise BadRequest("the demo needs the anthropic package: pip install anthropic") from error
     if not scripted:
         return stack.enter_context(anthropic.Anthropic())
     server = stack.enter_context(ScriptedModel())
