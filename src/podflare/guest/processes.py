@@ -9,14 +9,16 @@ import os
 import signal
 import time
 from dataclasses import dataclass
-from typing import Container, Dict, List, Tuple
+from typing import Container, Dict, List, Set, Tuple
 
 from podflare.guest import syscalls
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _GENTLE_ROUNDS = 8
-"""Sweeps before a population that grows as fast as it is killed counts as a fork bomb."""
+"""Rounds of killing, each of which found new processes, before a population counts as a fork bomb."""
 _MAX_ROUNDS = 200
+_DYING_S = 0.1
+_DYING_POLL_S = 0.0005
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class Process:
     parent: int
     state: str
     started_ticks: int
+
+    @property
+    def identity(self) -> Tuple[int, int]:
+        """Not used again when the pid is."""
+        return self.pid, self.started_ticks
 
 
 class Census:
@@ -75,17 +82,30 @@ class Census:
     def end_since(self, mark: Mark, *, spare: Container[int] = ()) -> bool:
         """SIGKILL every descendant that started after `mark`, but those in `spare`, until there is none.
 
+        Waits for those that take long to die only so long that the caller can still answer in time; a process with
+        SIGKILL pending runs no code of its own and cannot fork.
+
         Returns: False if they multiplied faster than they could be killed one by one; then everything in the PID
             namespace was killed, `spare` and older processes included (as pid 1), or some may be left (otherwise).
         """
-        for round_number in range(_MAX_ROUNDS):
+        killed: Set[Tuple[int, int]] = set()
+        rounds = 0
+        give_up_at = time.monotonic() + _DYING_S
+        while True:
             fresh = [p for p in self.descendants() if p.pid not in spare and _is_newer(p, mark)]
-            if not fresh:
+            alive = [p for p in fresh if p.identity not in killed]
+            if not fresh or (not alive and time.monotonic() > give_up_at):
                 return True
-            for process in fresh:
-                _kill(process.pid)
-            if round_number >= _GENTLE_ROUNDS and self.root == 1:
+            if not alive:
+                time.sleep(_DYING_POLL_S)
+                continue
+            rounds += 1
+            if rounds > (_GENTLE_ROUNDS if self.root == 1 else _MAX_ROUNDS):
                 break
+            for process in alive:
+                _kill(process.pid)
+                killed.add(process.identity)
+            give_up_at = time.monotonic() + _DYING_S
         if self.root == 1:
             _kill(-1)  # kill(2): everybody but pid 1, at one moment, so that no child escapes
         return False

@@ -92,6 +92,8 @@ def test_system_exit_in_a_coroutine(guest):
 
 def test_closed_loop_is_replaced(guest):
     """A loop that user code closed is replaced at the next await."""
-    guest.run("import asyncio\nawait asyncio.sleep(0)\nasync def me(): return asyncio.get_running_loop()\nl = await me()")
+    guest.run(
+        "import asyncio\nawait asyncio.sleep(0)\nasync def me(): return asyncio.get_running_loop()\nl = await me()"
+    )
     guest.run("l.close()")
     assert guest.run("await asyncio.sleep(0, 3)").value == "3"

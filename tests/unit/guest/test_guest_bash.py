@@ -65,9 +65,17 @@ def test_shell_ended_by_a_signal(guest, name, number):
 
 @pytest.mark.parametrize(
     "code",
-    ["sleep 60", "sleep 60; echo next", "while true; do sleep 1; done", "while :; do :; done", "cat <(sleep 60)",
-     "trap '' INT TERM; while :; do sleep 1; done", "set -m; sleep 60 & wait", "python3 -c 'import time; time.sleep(60)'"],
-)  # fmt: skip
+    [
+        "sleep 60",
+        "sleep 60; echo next",
+        "while true; do sleep 1; done",
+        "while :; do :; done",
+        "cat <(sleep 60)",
+        "trap '' INT TERM; while :; do sleep 1; done",
+        "set -m; sleep 60 & wait",
+        "python3 -c 'import time; time.sleep(60)'",
+    ],
+)
 def test_interrupt_ends_a_shell(guest, code):
     """An interrupt ends a shell and all it started, soon, even one that traps signals; no command after it runs."""
     guest.run("kept = 1")

@@ -24,7 +24,12 @@ control = next(fd for fd in range(3, 5000) if os.path.exists(f"/proc/self/fd/{fd
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", 137, signal.SIGKILL, "SIGKILL"),
         ("import ctypes; ctypes.string_at(0)", 139, signal.SIGSEGV, "SIGSEGV"),
         ("import os; os.abort()", 134, signal.SIGABRT, "SIGABRT"),
-        ("import threading, os; threading.Thread(target=os._exit, args=(3,)).start()\nwhile True: pass", 3, 0, "status 3"),
+        (
+            "import threading, os; threading.Thread(target=os._exit, args=(3,)).start()\nwhile True: pass",
+            3,
+            0,
+            "status 3",
+        ),
         ("import os; os.execvp('sleep', ['sleep', '60'])", 137, signal.SIGKILL, "SIGKILL"),
     ],
 )
@@ -71,11 +76,14 @@ def test_deaths_in_a_row(guest):
 
 def test_processes_of_a_dead_repl_are_reaped(guest):
     """Children of a REPL that died are adopted by the agent, and no zombie is left when they end."""
-    pids = [int(word) for word in guest.run("""
+    pids = [
+        int(word)
+        for word in guest.run("""
 import os, subprocess
 print(*(subprocess.Popen(["sleep", "0.2"]).pid for _ in range(5)), flush=True)
 os._exit(0)
-""").out.split()]
+""").out.split()
+    ]
     wait_until(lambda: not any(_exists(pid) for pid in pids), "zombies to be reaped")
 
 

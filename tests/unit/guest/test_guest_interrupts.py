@@ -9,7 +9,6 @@ from guest_driver import is_alive, wait_until
 
 from podflare.wire.messages import DIED, ENDED, INTERRUPTED, Interrupt
 
-
 DEAF = """
 said = False
 while True:
@@ -90,7 +89,9 @@ def test_handlers_of_user_code_do_not_block_interrupts(guest):
 import signal
 for number in signal.valid_signals() - {9, 19}: signal.signal(number, signal.SIG_IGN)
 """)
-    channel = guest.start("signal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('started', flush=True)\nwhile True: pass")
+    channel = guest.start(
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('started', flush=True)\nwhile True: pass"
+    )
     guest.wait_output(channel, b"started")
     guest.interrupt(channel)
     assert guest.finish(channel, timeout_s=5).exit.reason == INTERRUPTED
@@ -244,8 +245,10 @@ def test_interrupt_within_display(guest):
 
 def test_slow_repr_can_be_interrupted(guest):
     """The repr of a value and the text of an exception are user code and can be interrupted."""
-    for code in ("class S:\n    def __repr__(self):\n        print('in', flush=True)\n        while True: pass\nS()",
-                 "class E(Exception):\n    def __str__(self):\n        print('in', flush=True)\n        while True: pass\nraise E"):
+    for code in (
+        "class S:\n    def __repr__(self):\n        print('in', flush=True)\n        while True: pass\nS()",
+        "class E(Exception):\n    def __str__(self):\n        print('in', flush=True)\n        while True: pass\nraise E",
+    ):
         channel = guest.start(code)
         guest.wait_output(channel, b"in")
         guest.interrupt(channel)

@@ -157,8 +157,10 @@ def test_output_buffered_by_a_broken_stream_is_not_lost(guest):
 
 def test_pipe_read_empty_by_user_code(guest):
     """Code that steals from its own output pipe loses that output, and its cell still ends."""
-    cell = guest.run("import os\nprint('x' * 10)\nfd = os.open('/proc/self/fd/1', os.O_RDONLY | os.O_NONBLOCK)\n"
-                     "try: os.read(fd, 4)\nexcept BlockingIOError: pass")
+    cell = guest.run(
+        "import os\nprint('x' * 10)\nfd = os.open('/proc/self/fd/1', os.O_RDONLY | os.O_NONBLOCK)\n"
+        "try: os.read(fd, 4)\nexcept BlockingIOError: pass"
+    )
     assert cell.exit.code == 0
     assert guest.run("print('next')").out.endswith("next\n")
 

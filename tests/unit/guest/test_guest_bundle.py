@@ -1,0 +1,150 @@
+"""Promise: the bundle runs under every supported interpreter, alone, and takes nothing of a user's with it."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from podflare.engines.bundle import build_bundle
+
+VERSIONS = ("3.9", "3.10", "3.11", "3.12", "3.13", "3.14")
+
+
+def find_python(version: str) -> str | None:
+    """An interpreter of exactly this version that starts."""
+    places = [
+        shutil.which(f"python{version}"),
+        *Path("~/.pyenv/versions").expanduser().glob(f"{version}.*/bin/python3"),
+    ]
+    for place in filter(None, places):
+        done = subprocess.run(
+            [str(place), "-c", "import sys; print('%d.%d' % sys.version_info[:2])"], capture_output=True, text=True
+        )
+        if done.stdout.strip() == version:
+            return str(place)
+    return None
+
+
+@pytest.fixture(params=VERSIONS)
+def python(request: pytest.FixtureRequest) -> str:
+    """Each supported interpreter that this computer has."""
+    found = find_python(request.param)
+    if found is None:
+        pytest.skip(f"no Python {request.param} on PATH or in ~/.pyenv/versions")
+    return found
+
+
+def test_guest_runs_under_every_interpreter(start_guest, python):
+    """Cells, tracebacks, awaits, bash, interrupts, restarts and files work under each interpreter from 3.9 on."""
+    guest = start_guest(python=python)
+    assert guest.wait_ready().python.startswith(
+        guest.run("import sys; print('%d.%d' % sys.version_info[:2])").out.strip()
+    )
+    assert guest.run("x = 1\nx + 1").value == "2"
+    assert guest.run("    y = 5\n    y;").value is None
+    failed = guest.run("def f():\n    return 1 / 0\nf()")
+    assert failed.stderr.splitlines()[1] == f'  File "<cell {guest._channel}>", line 3, in <module>'
+    assert "return 1 / 0" in failed.stderr
+    assert guest.run("def = 1").error.name == "SyntaxError"
+    assert guest.run("import asyncio\nawait asyncio.sleep(0, 'awaited')").value == "'awaited'"
+    assert guest.run("asyncio.run(asyncio.sleep(0, 6))").value == "6"
+    assert guest.run("import inspect\ndef g(): return 3\nprint(inspect.getsource(g))").out == "def g(): return 3\n\n"
+    assert guest.run("import sys; sys.exit(3)").exit.code == 3
+    assert guest.run("class A:\n    def _repr_html_(self): return 'h'\nA()").results[0].data["text/html"] == "h"
+    assert guest.bash("echo shell; exit 4").exit.code == 4
+    channel = guest.start("print('started', flush=True)\nwhile True: pass")
+    guest.wait_output(channel, b"started")
+    guest.interrupt(channel)
+    assert guest.finish(channel).exit.reason == "interrupted"
+    assert guest.run("x").value == "1"
+    assert guest.write_file("f", b"data").size == 4
+    assert guest.read_file("f") == b"data"
+    assert guest.run("import os; os._exit(2)").exit.restarted
+    assert guest.run("print(open('f').read())").out == "data\n"
+
+
+def test_concurrent_futures_and_fork_work_under_every_interpreter(start_guest, python):
+    """Pools of forked processes run functions that cells defined."""
+    guest = start_guest(python=python)
+    guest.wait_ready()
+    guest.run("def square(n): return n * n")
+    cell = guest.run("""
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as pool:
+    print(list(pool.map(square, range(4))))
+""")
+    assert cell.out == "[0, 1, 4, 9]\n", cell.stderr
+
+
+def test_bundle_holds_exactly_what_the_guest_needs(bundle):
+    """The bundle is an empty package with errors, wire and guest, and a start file; no caches, nothing else."""
+    names = sorted(str(path.relative_to(bundle)) for path in bundle.rglob("*.py"))
+    assert (bundle / "podflare/__init__.py").read_text() == ""
+    tops = {name.split("/")[1] for name in names if name.startswith("podflare/")}
+    assert tops == {"__init__.py", "errors.py", "wire", "guest"}
+    assert [name for name in names if not name.startswith("podflare/")] == ["__main__.py"]
+
+
+def test_bundle_imports_the_standard_library_only(bundle):
+    """Every import in the bundle is of the standard library or of the bundle."""
+    for path in bundle.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0
+                names = [node.module or ""]
+            for name in names:
+                top = name.partition(".")[0]
+                assert top in sys.stdlib_module_names or name.startswith("podflare.") or name == "podflare", (
+                    path,
+                    name,
+                )
+
+
+def test_every_module_parses_under_the_oldest_interpreter(bundle):
+    """No module of the bundle uses syntax newer than Python 3.9."""
+    for path in bundle.rglob("*.py"):
+        ast.parse(path.read_text(), filename=str(path), feature_version=(3, 9))
+
+
+def test_bundle_can_be_built_again_over_itself(tmp_path):
+    """Building into a folder that holds a bundle refreshes it."""
+    target = build_bundle(tmp_path / "deep" / "bundle")
+    (target / "podflare/errors.py").write_text("broken")
+    build_bundle(target)
+    assert "class PodflareError" in (target / "podflare/errors.py").read_text()
+
+
+@pytest.mark.parametrize("arguments", [[], ["agent"], ["agent", "x"], ["agent", "1", "2"], ["nonsense"]])
+def test_wrong_calls_are_explained(bundle, arguments):
+    """A wrong call of the bundle exits with 2 and the usage."""
+    done = subprocess.run([sys.executable, "-I", "-S", str(bundle), *arguments], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "usage:" in done.stderr
+
+
+def test_environment_of_the_computer_does_not_matter(bundle, home, tmp_path):
+    """PYTHONPATH, PYTHONSTARTUP and a hostile working directory have no influence on the guest."""
+    from guest_driver import Guest
+
+    (tmp_path / "json.py").write_text("raise SystemExit('hijacked')")
+    before = {name: os.environ.get(name) for name in ("PYTHONPATH",)}
+    old = os.getcwd()
+    os.chdir(tmp_path)
+    try:
+        guest = Guest(bundle, home)
+        guest.wait_ready()
+        assert guest.run("1").value == "1"
+        guest.close()
+    finally:
+        os.chdir(old)
+    assert before == {name: os.environ.get(name) for name in ("PYTHONPATH",)}
