@@ -18,7 +18,8 @@ from podflare import Sandbox, close_default_client
 SECONDS = float(os.environ.get("SOAK_SECONDS", "900"))
 CLIENTS = 4
 WARM_UP_S = 20.0
-RSS_BUDGET_BYTES = 24 * 2**20
+RSS_BUDGET_BYTES = 48 * 2**20
+"""Room for ten minutes' remembered Idempotency-Keys, which are bounded, and for the allocator's own scatter."""
 FD_BUDGET = 8
 
 
