@@ -95,6 +95,7 @@ class Cell:
         self._sandbox = sandbox
         self._config = sandbox.config
         self._link: GuestLink | None = None
+        self._held: GuestLink | None = None
         self._channel = 0
         self._feed = EventFeed(self._record)
         cell_room = Room(self._config.keep_cell_bytes)
@@ -162,12 +163,13 @@ class Cell:
             self._timer = None
 
     def _hold(self, stop: bool) -> None:
-        if self._link is None:
-            return
-        if stop:
-            self._link.hold()
-        else:
-            self._link.unhold()
+        if stop and self._link is not None:
+            self._held = self._link
+            self._held.hold()
+        elif not stop and self._held is not None:
+            # The disk may catch up only when the cell is over: the link must be let go even then.
+            self._held.unhold()
+            self._held = None
 
     # What the guest says.
 

@@ -268,6 +268,16 @@ async def test_only_the_latest_cells_are_kept(scripted):
         assert bad.status_code == 400
 
 
+async def test_disk_that_lags_behind_a_finished_cell(host, monkeypatch):
+    """A cell that ends while its output is still being written does not leave the sandbox's channel stopped."""
+    monkeypatch.setattr("podflare.host.kept.BACKLOG_BYTES", 1)
+    async with host() as h:
+        sandbox = await h.create()
+        for turn in range(5):
+            await h.exec(sandbox, "print('x' * 500_000)", timeout_seconds=15)
+            assert text(await h.exec(sandbox, f"print({turn})", timeout_seconds=15)) == str(turn)
+
+
 async def test_very_chatty_child_does_not_block(host):
     """A subprocess that floods both streams through C-level output runs to its end."""
     async with host() as h:
