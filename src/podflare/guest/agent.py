@@ -195,6 +195,7 @@ class Agent:
     def _start_cell(self, frame: frames.Frame, message: Exec) -> None:
         if self._cell is not None:
             raise ProtocolError("the host sent a cell while another one runs")
+        self._reap()  # so that a REPL that has just died is replaced first, and does not take this cell with it
         cell = self._cell = _Cell(frame.channel, self._census.mark())
         for stream in self._output.streams:
             kept, dropped = stream.take_kept()
@@ -294,6 +295,9 @@ class Agent:
             os.read(self._wake, 4096)
         except BlockingIOError:
             pass
+        self._reap()
+
+    def _reap(self) -> None:
         for pid, status in processes.reap():
             if pid == self._interpreter.pid:
                 self._interpreter_ended(status)

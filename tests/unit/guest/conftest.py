@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from guest_driver import Guest
@@ -34,7 +35,7 @@ def start_guest(bundle: Path, home: Path) -> Iterator[Callable[..., Guest]]:
     """Starts guests; all of them are closed, and must end, after the test."""
     started: list[Guest] = []
 
-    def start(**options: str) -> Guest:
+    def start(**options: Any) -> Guest:
         started.append(Guest(bundle, home, **options))
         return started[-1]
 

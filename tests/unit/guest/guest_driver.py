@@ -60,13 +60,15 @@ class Cell:
 class Guest:
     """One agent and the host's end of its channel."""
 
-    def __init__(self, bundle: Path, home: Path, python: str = sys.executable, path: str | None = None) -> None:
+    def __init__(
+        self, bundle: Path, home: Path, *, python: str = sys.executable, environment: dict[str, str] | None = None
+    ) -> None:
         self.home = home
         self.sock, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
                 [python, "-I", "-S", str(bundle), "agent", str(theirs.fileno())],
-                env={"HOME": str(home)} if path is None else {"HOME": str(home), "PATH": path},
+                env={"HOME": str(home), **(environment or {})},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

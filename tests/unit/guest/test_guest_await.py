@@ -35,7 +35,6 @@ def test_one_loop_for_all_cells(guest):
     """A task that one cell starts goes on when a later cell awaits."""
     guest.run("""
 import asyncio
-loop = asyncio.get_running_loop() if False else None
 async def work():
     for i in range(3): await asyncio.sleep(0)
     return "finished"

@@ -121,7 +121,7 @@ def test_kill_ends_a_shell_at_once(guest):
 
 def test_missing_bash(start_guest):
     """Without bash a cell says so and ends with 127."""
-    guest = start_guest(path="/nowhere")
+    guest = start_guest(environment={"PATH": "/nowhere"})
     guest.wait_ready()
     cell = guest.bash("echo hi")
     assert cell.exit.code == 127

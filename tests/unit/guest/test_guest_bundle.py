@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 import shutil
 import subprocess
 import sys
@@ -18,11 +17,8 @@ VERSIONS = ("3.9", "3.10", "3.11", "3.12", "3.13", "3.14")
 
 def find_python(version: str) -> str | None:
     """An interpreter of exactly this version that starts."""
-    places = [
-        shutil.which(f"python{version}"),
-        *Path("~/.pyenv/versions").expanduser().glob(f"{version}.*/bin/python3"),
-    ]
-    for place in filter(None, places):
+    installed = Path("~/.pyenv/versions").expanduser().glob(f"{version}.*/bin/python3")
+    for place in filter(None, [shutil.which(f"python{version}"), *installed]):
         done = subprocess.run(
             [str(place), "-c", "import sys; print('%d.%d' % sys.version_info[:2])"], capture_output=True, text=True
         )
@@ -43,9 +39,8 @@ def python(request: pytest.FixtureRequest) -> str:
 def test_guest_runs_under_every_interpreter(start_guest, python):
     """Cells, tracebacks, awaits, bash, interrupts, restarts and files work under each interpreter from 3.9 on."""
     guest = start_guest(python=python)
-    assert guest.wait_ready().python.startswith(
-        guest.run("import sys; print('%d.%d' % sys.version_info[:2])").out.strip()
-    )
+    version = guest.wait_ready().python
+    assert guest.run("import platform; print(platform.python_version())").out.strip() == version
     assert guest.run("x = 1\nx + 1").value == "2"
     assert guest.run("    y = 5\n    y;").value is None
     failed = guest.run("def f():\n    return 1 / 0\nf()")
@@ -104,10 +99,7 @@ def test_bundle_imports_the_standard_library_only(bundle):
                 names = [node.module or ""]
             for name in names:
                 top = name.partition(".")[0]
-                assert top in sys.stdlib_module_names or name.startswith("podflare.") or name == "podflare", (
-                    path,
-                    name,
-                )
+                assert top == "podflare" or top in sys.stdlib_module_names, (path, name)
 
 
 def test_every_module_parses_under_the_oldest_interpreter(bundle):
@@ -132,19 +124,11 @@ def test_wrong_calls_are_explained(bundle, arguments):
     assert "usage:" in done.stderr
 
 
-def test_environment_of_the_computer_does_not_matter(bundle, home, tmp_path):
-    """PYTHONPATH, PYTHONSTARTUP and a hostile working directory have no influence on the guest."""
-    from guest_driver import Guest
-
-    (tmp_path / "json.py").write_text("raise SystemExit('hijacked')")
-    before = {name: os.environ.get(name) for name in ("PYTHONPATH",)}
-    old = os.getcwd()
-    os.chdir(tmp_path)
-    try:
-        guest = Guest(bundle, home)
-        guest.wait_ready()
-        assert guest.run("1").value == "1"
-        guest.close()
-    finally:
-        os.chdir(old)
-    assert before == {name: os.environ.get(name) for name in ("PYTHONPATH",)}
+def test_environment_of_the_computer_does_not_matter(start_guest, tmp_path, monkeypatch):
+    """PYTHONPATH and a working directory with modules of the standard library's names do not reach the guest."""
+    for name in ("json", "select", "struct", "dataclasses"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('hijacked')")
+    monkeypatch.chdir(tmp_path)
+    guest = start_guest(environment={"PYTHONPATH": str(tmp_path), "PYTHONSTARTUP": str(tmp_path / "json.py")})
+    guest.wait_ready()
+    assert guest.run("import json; json.dumps(1)").value == "'1'"

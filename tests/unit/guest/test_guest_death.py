@@ -34,7 +34,7 @@ control = next(fd for fd in range(3, 5000) if os.path.exists(f"/proc/self/fd/{fd
     ],
 )
 def test_death_of_the_repl(guest, code, exit_code, signal_number, words):
-    """A cell that ends its own process gets its output, a line that says what happened, and DIED; the next cell runs."""
+    """A cell that ends its own process gets its output, a line that says what happened, and DIED."""
     guest.run("kept = 1")
     cell = guest.run("print('before')\n" + code)
     assert cell.out == "before\n"
