@@ -354,7 +354,8 @@ def judge(cell: Cell, message: Exit, oom_note: str) -> Ending:
     lost = "the Python process was killed and restarted, its variables are lost"
     kept = lost if message.restarted else "variables are kept" if python else "the shell and its processes were ended"
     if oom_note and message.reason == DIED:
-        return Ending(events.EXIT_KILLED, "out_of_memory", message.restarted, (f"{oom_note}; {lost}",))
+        note = f"{oom_note}; {lost}" if message.restarted else f"{oom_note}; the shell or a process of it was killed"
+        return Ending(events.EXIT_KILLED, "out_of_memory", message.restarted, (note,))
     notes = (oom_note,) if oom_note else ()
     if cell.stopping == STOP_TIMED_OUT:
         line = f"cell timed out after {cell.request.timeout_seconds:g} s; {kept}"

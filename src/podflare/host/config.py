@@ -125,9 +125,8 @@ class Config:
         if embedded:
             # The socket's mode is the key, and the SDK process decides how long a sandbox lives.
             found.update(lifetime_s=None, idle_s=None, pool_size=2, log_level="warning")
-        for name in ("PODFLARE_DATA_DIR",):
-            if environ.get(name):
-                found["data_dir"] = Path(environ[name])
+        if environ.get("PODFLARE_DATA_DIR"):
+            found["data_dir"] = Path(environ["PODFLARE_DATA_DIR"])
         found["require"] = _walls(environ.get("PODFLARE_REQUIRE", ""))
         found.update(given)
         return cls(**found)
@@ -194,7 +193,7 @@ def _from_variables(environ: Mapping[str, str]) -> dict[str, Any]:
                 found[field] = _whole(environ, name, low)
                 break
     if environ.get("PODFLARE_HEARTBEAT_SECONDS"):
-        found["heartbeat_s"] = float(_whole(environ, "PODFLARE_HEARTBEAT_SECONDS", 0))
+        found["heartbeat_s"] = _seconds(environ, "PODFLARE_HEARTBEAT_SECONDS")
     if environ.get("PODFLARE_ENGINE"):
         found["engine"] = environ["PODFLARE_ENGINE"]
     found["region"] = environ.get("PODFLARE_REGION") or None
@@ -232,6 +231,16 @@ def _one_of(environ: Mapping[str, str], name: str, values: tuple[str, ...]) -> s
     value = environ[name].strip().lower()
     if value not in values:
         raise BadRequest(f"{name} must be one of {', '.join(values)}, got {value!r}")
+    return value
+
+
+def _seconds(environ: Mapping[str, str], name: str) -> float:
+    try:
+        value = float(environ[name])
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 86400:
+        raise BadRequest(f"{name} must be a number of seconds from 0 up, got {environ[name]!r}")
     return value
 
 

@@ -24,13 +24,14 @@ def test_variables_are_read():
             "PODFLARE_REQUIRE": "seccomp, memory_limit",
             "PODFLARE_DATA_DIR": "/data",
             "PODFLARE_IDLE_SECONDS": "60",
+            "PODFLARE_HEARTBEAT_SECONDS": "0.5",
         }
     )
     assert (config.host, config.port, config.pool_size) == ("::1", 8080, 9)
     assert config.key_digests == (digest("a"), digest("b"))
     assert (config.log_format, config.region, config.public_url) == ("json", "eu", "https://x")
     assert config.require == ("seccomp", "memory_limit")
-    assert (config.data_dir, config.idle_s) == (Path("/data"), 60)
+    assert (config.data_dir, config.idle_s, config.heartbeat_s) == (Path("/data"), 60, 0.5)
 
 
 def test_given_beats_variables_and_none_is_not_given():
@@ -70,6 +71,8 @@ def test_required_walls_hold_for_the_embedded_daemon_too():
         ("PODFLARE_POOL_SIZE", "-1"),
         ("PODFLARE_POOL_SIZE", "many"),
         ("PODFLARE_REQUIRE", "a_moat"),
+        ("PODFLARE_HEARTBEAT_SECONDS", "nan"),
+        ("PODFLARE_HEARTBEAT_SECONDS", "often"),
     ],
 )
 def test_wrong_variable_is_named(name, value):

@@ -233,6 +233,7 @@ class _Stopped:
         ("", Exit(130, "interrupted"), "", 130, "interrupted", ""),
         ("", Exit(139, "died", True, 11), "", 139, "died", ""),
         ("", Exit(137, "died", True, 9), "out of memory: x", 137, "out_of_memory", "variables are lost"),
+        ("", Exit(137, "died", False, 9), "out of memory: x", 137, "out_of_memory", "the shell or a process of it"),
         ("", Exit(0), "out of memory: x", 0, "ended", "out of memory: x"),
         ("", Exit(137), "out of memory: x", 137, "out_of_memory", "out of memory: x"),
         ("timed_out", Exit(130, "interrupted"), "", 124, "timed_out", "after 2 s; variables are kept"),
