@@ -6,9 +6,11 @@ Knows nothing of cells.  Main thread only, where Python runs signal handlers.
 from __future__ import annotations
 
 import _thread
+import os
 import signal
+import sys
 from types import FrameType
-from typing import Optional
+from typing import Any, Optional
 
 INTERRUPT_SIGNAL = signal.SIGRTMIN + 5
 """What the agent interrupts with.  Not SIGINT, because system(3) throws that away while its command runs, and
@@ -22,7 +24,10 @@ class InterruptGate:
         self._armed = False
         self._shielded = False
         self._pending = False
+        self._round = 0
+        """Counts `arm`: which cell runs."""
         self._main_thread = _thread.get_ident()
+        sys.unraisablehook = self._on_unraisable
         signal.signal(signal.SIGINT, self._handle)
         signal.signal(INTERRUPT_SIGNAL, self._handle)
 
@@ -30,6 +35,7 @@ class InterruptGate:
         """From now on signals raise.  Reinstalls the handler, which user code of the last cell may have replaced."""
         signal.signal(INTERRUPT_SIGNAL, self._handle)
         self._pending = False
+        self._round += 1
         self._armed = True
 
     def disarm(self) -> None:
@@ -65,3 +71,18 @@ class InterruptGate:
             self._pending = True
             return
         raise KeyboardInterrupt
+
+    def _on_unraisable(self, unraisable: Any) -> None:
+        """Python drops an exception that is raised in a finalizer or callback (the import system has such).
+
+        An interrupt that fell into one would be lost, so it comes again; from another thread, because here it would
+        be dropped once more.
+        """
+        if self._armed and unraisable.exc_type is KeyboardInterrupt:
+            _thread.start_new_thread(self._interrupt_again, (self._round,))
+        else:
+            sys.__unraisablehook__(unraisable)
+
+    def _interrupt_again(self, round_number: int) -> None:
+        if self._armed and self._round == round_number:
+            os.kill(os.getpid(), INTERRUPT_SIGNAL)

@@ -44,6 +44,25 @@ def test_interrupt_ends_the_cell_and_keeps_the_state(guest, body):
     assert guest.run("kept").value == "1"
 
 
+def test_interrupt_in_a_finalizer_is_not_lost(guest):
+    """An interrupt that Python drops, because it fell into a finalizer, comes again."""
+    channel = guest.start("""
+class Slow:
+    def __del__(self):
+        print("started", flush=True)
+        while True: pass
+x = Slow()
+del x
+import time
+time.sleep(60)
+""")
+    guest.wait_output(channel, b"started")
+    guest.interrupt(channel)
+    cell = guest.finish(channel, timeout_s=5)
+    assert cell.exit.reason == INTERRUPTED
+    assert "ignored" not in cell.stderr
+
+
 def test_interrupt_right_behind_its_cell(guest):
     """An interrupt that arrives before the REPL has read the cell still ends it."""
     guest.run("kept = 1")
