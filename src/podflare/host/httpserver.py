@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -18,7 +19,56 @@ SHUTDOWN_S = 1
 """Connections whose answers are over are closed at once; this is for clients that do not take theirs."""
 
 
+HEAD_S = 30.0
+"""From the first byte of a request, or from the connection, to the end of its headers."""
+MAX_HEAD_BYTES = 256 * 1024
+"""Request line and headers.  They are kept before anybody has shown a key, so they have a cap."""
+
+
 class _Protocol(HttpToolsProtocol):
+    """Bounds the time and size of a request's head, which the server below leaves unbounded."""
+
+    _head_timer: asyncio.TimerHandle | None = None
+    _head_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn types it
+        super().connection_made(transport)
+        self._head_begins()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_ends()
+        super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._head_begins()
+
+    def on_headers_complete(self) -> None:
+        self._head_ends()
+        super().on_headers_complete()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._head_timer is not None:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self._refuse(f"the request's headers are above {MAX_HEAD_BYTES} bytes")
+
+    def _head_begins(self) -> None:
+        self._head_ends()
+        self._head_bytes = 0
+        self._head_timer = self.loop.call_later(HEAD_S, self._refuse, f"no complete request within {HEAD_S:g} s")
+
+    def _head_ends(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _refuse(self, why: str) -> None:
+        self._head_ends()
+        if not self.transport.is_closing():
+            self.send_400_response(why)
+
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP at all with the error body that every other error has."""
         body = json.dumps(error_body("bad_request", msg)).encode("ascii")

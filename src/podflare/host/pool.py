@@ -71,10 +71,10 @@ class Pool:
 
     async def _fit(self, warm: Warm, limits: Limits) -> bool:
         try:
+            if limits != self.spec.limits and not warm.link.down:
+                await warm.machine.set_limits(limits)
             if warm.link.down:
                 raise MachineFailed(warm.link.down)
-            if limits != self.spec.limits:
-                await warm.machine.set_limits(limits)
         except PodflareError as exc:
             telemetry.problem("pooled machine was not usable", machine=warm.machine.id, error=exc)
             await self._discard(warm)

@@ -57,11 +57,11 @@ def _emit(level: int, name: str, fields: dict[str, object], *, exc_info: bool = 
 
 
 def configure(log_format: str, level: str) -> None:
-    """Send the daemon's log, and that of the HTTP server, to stderr."""
+    """Send the daemon's log to stderr.  The HTTP server's errors are in it as events of ours."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json() if log_format == "json" else _Text())
     logging.captureWarnings(True)
-    for name, threshold in (("podflare", level.upper()), ("uvicorn", "ERROR"), ("py.warnings", "WARNING")):
+    for name, threshold in (("podflare", level.upper()), ("uvicorn", "CRITICAL"), ("py.warnings", "WARNING")):
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
         logger.propagate = False

@@ -101,3 +101,9 @@ async def wait_until(condition: Callable[[], bool]) -> None:
     with anyio.fail_after(STEP_S):
         while not condition():
             await anyio.sleep(0.005)
+
+
+def peak_kib() -> int:
+    """The most memory that this process, with the daemon in it, ever had."""
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))

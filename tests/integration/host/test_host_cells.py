@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import anyio
 import pytest
-from hosting import STEP_S, events, text, wait_until
+from hosting import STEP_S, events, peak_kib, text, wait_until
 from scripted_guest import ScriptedGuest
 
 from podflare.engines.base import Usage
@@ -212,10 +212,12 @@ async def test_client_that_takes_nothing_costs_bounded_memory(scripted):
         body = b'{"code": "..."}'
         head = f"POST /v1/sandboxes/{sandbox}/exec HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
         writer.transport.pause_reading()
+        before = peak_kib()
         writer.write(head.encode() + body)
         with anyio.fail_after(STEP_S):
             await ended.wait()
         # The cell is over although nobody read it, and the sandbox serves others.
+        assert peak_kib() - before < 48 * 1024
         assert text(await h.exec(sandbox, "next")) == "next"
         writer.transport.abort()
 

@@ -6,7 +6,7 @@ import hashlib
 
 import anyio
 import pytest
-from hosting import text, wait_until
+from hosting import peak_kib, text, wait_until
 from scripted_guest import ScriptedGuest
 
 from podflare.wire.messages import Ack, Cancel, Exit, FileDone, FileFailed, FileWrite
@@ -106,11 +106,6 @@ async def test_large_files_pass_in_constant_memory(host):
                 got += len(chunk)
         assert got == 100 * MIB
         assert peak_kib() - before < 40 * 1024
-
-
-def peak_kib() -> int:
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 async def test_upload_above_the_disk_is_refused_at_once(host):

@@ -339,6 +339,24 @@ async def _drip(writer) -> None:
         await anyio.sleep(0.02)
 
 
+async def test_endless_or_slow_headers_are_refused(scripted, monkeypatch):
+    """A peer that never ends its headers is answered and cut off, before it has shown a key."""
+    monkeypatch.setattr("podflare.host.httpserver.HEAD_S", 0.3)
+    async with scripted(echo, key_digests=(b"x" * 32,)) as h:
+        for start in (b"", b"GET /v1/sandboxes HTTP/1.1\r\nHost: x\r\n"):
+            assert (await h.raw(start)).startswith(b"HTTP/1.1 400")
+        endless = b"GET /v1/sandboxes HTTP/1.1\r\nHost: x\r\nX-Pad: " + b"a" * 400_000
+        got = await h.raw(endless)
+        assert got.startswith(b"HTTP/1.1 400") and b"above" in got
+        # Between requests a kept-alive connection may rest.
+        reader, writer = await h.connect()
+        for _ in range(2):
+            writer.write(b"GET /v1/healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
+            await anyio.sleep(0.5)
+        writer.transport.abort()
+
+
 async def test_what_is_no_http_is_a_json_400(scripted):
     """Bytes that are not HTTP get the error body, too."""
     async with scripted(echo) as h:
