@@ -216,14 +216,15 @@ class Agent:
             self._end_cell(cell, shell.CANNOT_RUN, ENDED)
 
     def _interrupt(self, cell: _Cell, payload: bytes) -> None:
-        cell.interrupted = True
+        first, cell.interrupted = not cell.interrupted, True
         if cell.bash_pid:
             processes.send_signal(-cell.bash_pid, signal.SIGINT)
             cell.after(BASH_GRACE_S, self._sweep)
             return
-        # The message reaches a REPL that has not begun the cell yet, the signal one that has.
-        assert self._interpreter.link is not None
-        self._interpreter.link.send(frames.MESSAGE, cell.channel, payload)
+        # The message reaches a REPL that has not begun the cell yet, the signal one that has.  Once: a busy REPL does
+        # not read, and any number of messages would wait for it here.
+        if first and self._interpreter.link is not None:
+            self._interpreter.link.send(frames.MESSAGE, cell.channel, payload)
         processes.send_signal(self._interpreter.pid, INTERRUPT_SIGNAL)
         self._sweep(cell)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from guest_driver import is_alive, wait_until
+from guest_driver import is_alive, resident_kib, wait_until
 
 from podflare.wire.messages import DIED, ENDED, INTERRUPTED, Interrupt
 
@@ -82,6 +82,19 @@ def test_late_interrupts_do_nothing(guest):
         assert guest.finish(channel).exit.reason in (ENDED, INTERRUPTED)
         guest.send(channel, Interrupt())
         assert guest.run("kept").value == "1"
+
+
+def test_any_number_of_interrupts(guest):
+    """A thousand interrupts of a cell that catches them all neither grow the agent nor delay the kill."""
+    channel = guest.start(DEAF)
+    guest.wait_output(channel, b"deaf")
+    before = resident_kib(guest.process.pid)
+    for _ in range(1000):
+        guest.interrupt(channel)
+    guest.kill(channel)
+    assert guest.finish(channel).exit.reason in (DIED, INTERRUPTED)
+    assert resident_kib(guest.process.pid) - before < 4096
+    assert guest.run("1").value == "1"
 
 
 def test_caught_interrupt_goes_on(guest):
