@@ -30,6 +30,18 @@ class Warm:
     pooled: bool
 
 
+class _Claim:
+    """A create that waits for the machine which the refill is making."""
+
+    def __init__(self) -> None:
+        self.answered = anyio.Event()
+        self.warm: Warm | None = None
+
+    def answer(self, warm: Warm | None) -> None:
+        self.warm = warm
+        self.answered.set()
+
+
 class Pool:
     """Keeps `size` machines of one template ready.  `run` is its task; `aclose` closes what is left."""
 
@@ -44,6 +56,8 @@ class Pool:
         self._create_timeout_s = create_timeout_s
         self._ready: deque[Warm] = deque()
         self._wanted = anyio.Event()
+        self._making = False
+        self._claim: _Claim | None = None
         self._closed = False
         self._refilling = anyio.CancelScope()
         self._stopped = anyio.Event()
@@ -59,8 +73,10 @@ class Pool:
         Raises: as Engine.create.  On any of them no machine is left over.
         If cancelled: no machine is left over.
         """
-        while self._ready and spec.template == self.spec.template and not self._closed:
-            warm = self._ready.popleft()
+        while spec.template == self.spec.template and not self._closed:
+            warm = await self._next()
+            if warm is None:
+                break
             self._last_taken_s = time.monotonic()
             self._wanted.set()
             if await self._fit(warm, spec.limits):
@@ -68,6 +84,32 @@ class Pool:
                 return warm
         self.misses += 1
         return await self._make(spec, pooled=False)
+
+    async def _next(self) -> Warm | None:
+        """A ready machine, or the one that is being made and nobody waits for: sooner there than another one."""
+        if self._ready:
+            return self._ready.popleft()
+        if not self._making or self._claim is not None:
+            return None
+        claim = self._claim = _Claim()
+        try:
+            await claim.answered.wait()
+        except BaseException:
+            if claim.warm is not None:
+                self._ready.append(claim.warm)
+            elif self._claim is claim:
+                self._claim = None
+            raise
+        return claim.warm
+
+    def _made(self, warm: Warm | None) -> None:
+        """The refill has a machine, or failed to make one."""
+        self._making = False
+        claim, self._claim = self._claim, None
+        if claim is not None:
+            claim.answer(warm)
+        elif warm is not None:
+            self._ready.append(warm)
 
     async def _fit(self, warm: Warm, limits: Limits) -> bool:
         try:
@@ -112,18 +154,23 @@ class Pool:
                 quiet = QUIET_S - (time.monotonic() - self._last_taken_s)
                 if quiet > 0:
                     await anyio.sleep(quiet)
+                self._making = True
                 try:
                     warm = await self._make(self.spec, pooled=True)
-                except PodflareError as exc:
+                except Exception as exc:  # noqa: BLE001  # whatever the engine's trouble is, the pool tries again
+                    self._made(None)
                     self.problem = str(exc)
                     telemetry.problem("pool refill failed", error=exc, next_try_s=pause)
                     await anyio.sleep(pause)
                     pause = min(2 * pause, LONGEST_PAUSE_S)
                     continue
+                except BaseException:
+                    self._made(None)
+                    raise
                 self.problem = ""
                 pause = FIRST_PAUSE_S
                 warm.link.when_down = lambda cause, violation: self._wanted.set()
-                self._ready.append(warm)
+                self._made(warm)
             await self._wanted.wait()
             for dead in [warm for warm in self._ready if warm.link.down]:
                 self._ready.remove(dead)

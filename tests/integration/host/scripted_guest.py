@@ -120,6 +120,9 @@ class ScriptedEngine:
     def __init__(self, tasks: TaskGroup, script: Script) -> None:
         self.machines: list[ScriptedMachine] = []
         self.refuse: Exception | None = None
+        self.may_create = anyio.Event()
+        self.may_create.set()
+        self.asked = 0
         self._tasks = tasks
         self._script = script
 
@@ -130,6 +133,8 @@ class ScriptedEngine:
         return None
 
     async def create(self, spec: MachineSpec, *, timeout_s: float) -> ScriptedMachine:
+        self.asked += 1
+        await self.may_create.wait()
         if self.refuse is not None:
             raise self.refuse
         ours, theirs = socket.socketpair()

@@ -295,11 +295,49 @@ async def test_dead_pooled_machines_are_never_handed_out(scripted):
         assert all(machine.closed for machine in h.engine.machines[:2])
 
 
-async def test_pool_that_cannot_refill_says_so(scripted):
-    """When the engine refuses, capacity tells the problem, and creates still get the engine's own answer."""
-    async with scripted(echo) as h:
-        h.engine.refuse = NoCapacity("memory is used up")
-        assert "memory is used up" in (await h.client.post("/v1/sandboxes")).json()["error"]
+async def test_create_takes_the_machine_that_is_being_made(scripted):
+    """A create that meets an empty pool waits for the machine under way; only a second one makes its own."""
+    async with scripted(echo, pool_size=1) as h:
+        with anyio.fail_after(10):
+            while not (await h.client.get("/v1/capacity")).json()["pool"]["ready"]:
+                await anyio.sleep(0.01)
+        h.engine.may_create = anyio.Event()
+        await h.create()
+        await wait_until(lambda: h.engine.asked == 2)  # the refill
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(h.create)
+            await anyio.sleep(0.05)
+            assert h.engine.asked == 2
+            tasks.start_soon(h.create)
+            await wait_until(lambda: h.engine.asked == 3)
+            h.engine.may_create.set()
+        pool = (await h.client.get("/v1/capacity")).json()["pool"]
+        assert (pool["hits"], pool["misses"]) == (2, 1)
+
+
+async def test_create_survives_a_refill_that_fails(scripted):
+    """If the machine under way fails, the create that waited for it makes one itself."""
+    async with scripted(echo, pool_size=1) as h:
+        with anyio.fail_after(10):
+            while not (await h.client.get("/v1/capacity")).json()["pool"]["ready"]:
+                await anyio.sleep(0.01)
+        h.engine.may_create = anyio.Event()
+        h.engine.refuse = ValueError("a bug in the engine")
+        await h.create()
+        await wait_until(lambda: h.engine.asked == 2)
+        answers = []
+
+        async def create() -> None:
+            answers.append((await h.client.post("/v1/sandboxes")).status_code)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(create)
+            await anyio.sleep(0.05)
+            h.engine.may_create.set()
+        assert answers == [500]
+        assert "a bug in the engine" in (await h.client.get("/v1/capacity")).json()["pool"]["problem"]
+        h.engine.refuse = None
+        await h.create()
 
 
 # Weeks of uptime.
