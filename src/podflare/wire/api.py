@@ -16,6 +16,8 @@ MAX_BODY_BYTES = 32 * 1024 * 1024
 """Cap of a JSON request body: MAX_CODE_CHARS characters, escaped."""
 MAX_LIFETIME_S = 366 * 86400
 MAX_METADATA_ITEMS = 32
+MAX_FORKS = 32
+"""Children of one fork call."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,23 @@ class ExecRequest:
 
 
 @dataclass(frozen=True)
+class ForkReport:
+    """What of the parent could not cross into a fork: it stayed with the parent, the fork goes on without it."""
+
+    threads: Tuple[str, ...] = ()
+    """Names of background threads."""
+    processes: int = 0
+    sockets: int = 0
+    pipes: int = 0
+    terminals: int = 0
+
+    @property
+    def lossless(self) -> bool:
+        """Whether everything crossed."""
+        return not (self.threads or self.processes or self.sockets or self.pipes or self.terminals)
+
+
+@dataclass(frozen=True)
 class SandboxInfo:
     """Answer of create, get and list.  Effective values, never the requested ones."""
 
@@ -89,6 +108,14 @@ class SandboxInfo:
     metadata: Mapping[str, str]
     warnings: Tuple[str, ...] = ()
     """What was asked for and is not given, in plain words; empty when all was given."""
+    parent_id: Optional[str] = None
+    """The sandbox that this one was forked from, which may be gone by now."""
+    generation: int = 0
+    """Forks between the sandbox that was created and this one; 0 for one that is no fork."""
+    children: Tuple[str, ...] = ()
+    """Ids of its forks that live."""
+    fork_report: Optional[ForkReport] = None
+    """Of a fork: what could not cross."""
 
     def to_json(self) -> Dict[str, Any]:
         return asdict(self)
