@@ -90,21 +90,26 @@ class CompiledCell:
 
     def run(self, namespace: Dict[str, Any], awaiter: "Awaiter") -> Any:
         """Run it; the last expression's value, or NO_VALUE if there is none to show."""
-        if self._body is not None:
-            _run(self._body, namespace, awaiter)
-        if self._value is None:
-            return NO_VALUE
-        value = _run(self._value, namespace, awaiter)
+        if any(code is not None and code.co_flags & _CO_COROUTINE for code in (self._body, self._value)):
+            # All of the cell inside the loop: what stands before the first await may need a running one, too.
+            value = awaiter.run(self._run_awaiting(namespace))
+        else:
+            if self._body is not None:
+                eval(self._body, namespace)
+            value = None if self._value is None else eval(self._value, namespace)
         if self._silent or value is None:
             return NO_VALUE
         builtins._ = value  # type: ignore[attr-defined]  # as the interactive interpreter does
         return value
 
-
-def _run(code: CodeType, namespace: Dict[str, Any], awaiter: "Awaiter") -> Any:
-    if code.co_flags & _CO_COROUTINE:
-        return awaiter.run(eval(code, namespace))
-    return eval(code, namespace)
+    async def _run_awaiting(self, namespace: Dict[str, Any]) -> Any:
+        value = None
+        for code in (self._body, self._value):
+            if code is not None:
+                value = eval(code, namespace)
+                if code.co_flags & _CO_COROUTINE:
+                    value = await value
+        return None if self._value is None else value
 
 
 class Awaiter:
@@ -135,6 +140,19 @@ class Awaiter:
             except asyncio.CancelledError as cancelled:
                 raise interrupt.with_traceback(cancelled.__traceback__) from None
             raise
+
+    def after_fork(self) -> None:
+        """In a forked REPL: give the loop a self-pipe of its own, so that its timers and tasks go on here, too.
+
+        Its epoll instance and sockets were replaced already (inheritance.py); what waits for a socket waits for ever.
+        """
+        if self._loop is None or self._loop.is_closed():
+            return
+        try:
+            self._loop._close_self_pipe()
+            self._loop._make_self_pipe()
+        except Exception:  # noqa: BLE001  # not a loop of the standard library, or another version of it
+            self._loop = None
 
 
 def _ends_with_semicolon(source: str, last: ast.stmt) -> bool:
