@@ -6,10 +6,15 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+
+from machines import LIMITS, DrivenMachine
+from podflare.engines.base import EngineOptions, Limits
+from podflare.engines.process.engine import ProcessEngine
 
 LEAK_GRACE_S = 8.0
 """How long processes, groups and files may take to go after a test, on a busy machine."""
@@ -45,6 +50,44 @@ def data_dir(private_temp: Path) -> Iterator[Path]:
     folder.chmod(0o711)
     yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def portal() -> Iterator[BlockingPortal]:
+    """A thread with an event loop, for the engine."""
+    with start_blocking_portal() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def engine(portal: BlockingPortal, private_temp: Path) -> Iterator[ProcessEngine]:
+    """A started process engine with a data directory of its own."""
+    folder = tempfile.mkdtemp(prefix="e", dir=private_temp)
+    Path(folder).chmod(0o711)
+
+    async def make() -> ProcessEngine:
+        made = ProcessEngine(EngineOptions(data_dir=folder, instance=Path(folder).name))
+        await made.start()
+        return made
+
+    made = portal.call(make)
+    yield made
+    portal.call(made.aclose)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def new_machine(portal: BlockingPortal, engine: ProcessEngine) -> Iterator[Callable[..., DrivenMachine]]:
+    """Makes machines; all are closed at the end of the test."""
+    made: list[DrivenMachine] = []
+
+    def make(limits: Limits = LIMITS) -> DrivenMachine:
+        made.append(DrivenMachine.create(portal, engine, limits))
+        return made[-1]
+
+    yield make
+    for machine in made:
+        machine.close()
 
 
 @pytest.fixture(autouse=True)
@@ -134,12 +177,14 @@ def _groups(processes: dict[int, str]) -> set[str]:
         _, top, kind, *_ = line.split()
         if kind not in ("cgroup", "cgroup2"):
             continue
-        for folder in Path(top).glob("**/podflare-*"):
-            for group in (folder, *folder.glob("*/")):
-                try:
-                    pids = {int(pid) for pid in (group / "cgroup.procs").read_text().split()}
-                except OSError:
-                    continue
-                if group != folder and not pids - set(processes):
-                    found.add(str(group))
+        # os.walk, not glob: groups of other daemons come and go meanwhile, which it does not mind.
+        for path, _, _ in os.walk(top):
+            if not Path(path).parent.name.startswith("podflare-"):
+                continue
+            try:
+                pids = {int(pid) for pid in Path(path, "cgroup.procs").read_text().split()}
+            except OSError:
+                continue
+            if not pids - set(processes):
+                found.add(path)
     return found

@@ -32,14 +32,27 @@ class CellOutput:
 class DrivenMachine:
     """A machine and the host's end of its conversation."""
 
-    def __init__(self, portal: anyio.from_thread.BlockingPortal, engine: Engine, limits: Limits = LIMITS) -> None:
+    def __init__(self, portal: anyio.from_thread.BlockingPortal, machine: Machine) -> None:
         self._portal = portal
-        spec = MachineSpec("default", limits)
-        self.machine: Machine = portal.call(lambda: engine.create(spec, timeout_s=30))
+        self.machine = machine
         self._decoder = frames.Decoder()
         self._channel = 0
         self._pending: list[frames.Frame] = []
         assert isinstance(from_guest(self._next(10).payload), Ready)
+
+    @classmethod
+    def create(cls, portal: anyio.from_thread.BlockingPortal, engine: Engine, limits: Limits = LIMITS) -> DrivenMachine:
+        """A new machine of the default template."""
+        spec = MachineSpec("default", limits)
+        return cls(portal, portal.call(lambda: engine.create(spec, timeout_s=30)))
+
+    def fork(self, count: int = 1, *, reseed: bool = True, timeout_s: float = 60) -> list[DrivenMachine]:
+        """Forks of this machine, to be closed by the caller."""
+        children = self._portal.call(lambda: self.machine.fork(count, reseed=reseed, timeout_s=timeout_s))
+        driven = [DrivenMachine(self._portal, child) for child in children]
+        for one in driven:
+            one._channel = self._channel  # cells of one memory must not share names
+        return driven
 
     def call(self, function: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> Any:
         """Run a coroutine function of the machine on the engine's loop."""

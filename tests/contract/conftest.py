@@ -78,7 +78,7 @@ def new_machine(portal: BlockingPortal, engine: Engine) -> Iterator[Callable[...
     made: list[DrivenMachine] = []
 
     def make(limits: Limits = LIMITS) -> DrivenMachine:
-        made.append(DrivenMachine(portal, engine, limits))
+        made.append(DrivenMachine.create(portal, engine, limits))
         return made[-1]
 
     yield make

@@ -7,8 +7,8 @@ import time
 
 import anyio
 import pytest
-from machines import DrivenMachine
 
+from machines import DrivenMachine
 from podflare.engines.base import Limits
 from podflare.wire.messages import DIED, ENDED, INTERRUPTED, Interrupt, Kill
 

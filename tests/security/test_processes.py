@@ -67,14 +67,38 @@ for name in ("root", "cwd", "exe", "ns/mnt", "ns/pid", "ns/user"):
     assert out.stdout == "", out.stdout
 
 
-def test_no_capability_anywhere(attacker):
-    """Every process of the sandbox, and every program it starts, has empty capability sets and no_new_privs."""
-    out = attacker.run("cat /proc/[0-9]*/status", "bash")
-    caps = [line.split()[1] for line in out.stdout.splitlines() if line.startswith("Cap")]
-    assert len(caps) >= 15
-    assert set(caps) == {"0000000000000000"}
+def test_no_capability_but_the_repls_two(attacker):
+    """No process of the sandbox has an effective capability, but the REPL the two that fork needs; no exec passes on any."""
+    out = attacker.run("import os; os.system('cat /proc/[0-9]*/status')")
+    rows = [line.split() for line in out.stdout.splitlines()]
+    for name in ("CapInh:", "CapBnd:", "CapAmb:"):
+        assert {row[1] for row in rows if row[0] == name} == {"0000000000000000"}
+    effective = [row[1] for row in rows if row[0] == "CapEff:"]
+    assert sorted(effective)[-1] == "0000000000240000"
+    assert effective.count("0000000000240000") == 1
+    assert set(effective) == {"0000000000240000", "0000000000000000"}
     assert "NoNewPrivs:\t0" not in out.stdout
     assert "Seccomp:\t0" not in out.stdout
+
+
+def test_the_repls_capabilities_open_nothing(attacker):
+    """With CAP_SYS_ADMIN and CAP_SYS_CHROOT in its own user namespace a REPL can neither mount, chroot, rename the host, nor trace."""
+    out = attacker.run("""
+import ctypes, os, fcntl
+libc = ctypes.CDLL(None, use_errno=True)
+tried = {
+  "chroot": libc.chroot(b"/tmp"), "mount": libc.mount(b"x", b"/mnt", b"tmpfs", 0, None), "umount": libc.umount2(b"/proc", 2),
+  "sethostname": libc.sethostname(b"x", 1), "unshare": libc.unshare(0x20000), "ptrace": libc.ptrace(16, 1, 0, 0),
+  "swapon": libc.swapon(b"/tmp/x", 0), "setdomainname": libc.setdomainname(b"x", 1), "acct": libc.acct(b"/tmp/x"),
+}
+print({name: result for name, result in tried.items() if result != -1})
+for path in ("/proc/1/mem", "/proc/1/root", "/proc/1/environ", "/proc/sys/kernel/core_pattern", "/dev/kmsg"):
+    try: open(path, "r+b").read(1); print("OPEN", path)
+    except OSError: pass
+try: os.setxattr("/root", "trusted.x", b"y"); print("TRUSTED")
+except OSError: pass
+""")
+    assert out.stdout == "{}\n", out.stdout
 
 
 def test_identity_cannot_be_changed(attacker):

@@ -39,21 +39,34 @@ print({call(n, 0, 0, 0, 0, 0) for n in (165, 166, 155, 161, 428, 429, 430, 431, 
     assert out.stdout == "{(-1, 1)}\n", out.stdout
 
 
-def test_joining_a_namespace_is_refused(attacker):
-    """setns to every namespace descriptor that can be opened fails."""
-    out = attacker.run(
+def test_joining_a_namespace_leads_nowhere(attacker, new_machine):
+    """setns to every namespace descriptor that can be opened leaves the REPL where it is, and fails in all else it starts."""
+    new_machine()
+    attacker.run("import os; before = {n: os.readlink(f'/proc/self/ns/{n}') for n in os.listdir('/proc/self/ns')}")
+    attacker.run(
         _CALL
         + """
 import glob
-answers = set()
 for path in glob.glob("/proc/*/ns/*"):
     try: fd = os.open(path, os.O_RDONLY)
     except OSError: continue
-    answers.add(call(308, fd, 0)); os.close(fd)
-print(answers)
+    call(308, fd, 0)
+    for request in (0xB701, 0xB702):  # NS_GET_USERNS, NS_GET_PARENT
+        import fcntl
+        try: up = fcntl.ioctl(fd, request)
+        except OSError: continue
+        call(308, up, 0); os.close(up)
+    os.close(fd)
 """
     )
-    assert out.stdout == "{(-1, 1)}\n", out.stdout
+    out = attacker.run(
+        "print(before == {n: os.readlink(f'/proc/self/ns/{n}') for n in os.listdir('/proc/self/ns')}, os.path.exists('/etc/shadow'))"
+    )
+    assert out.stdout == "True False\n", out.stdout + out.stderr
+    out = attacker.run(
+        "nsenter --target $$ --net true && echo JOINED; nsenter --target $$ --mount true && echo JOINED", "bash"
+    )
+    assert out.stdout == "", out.stdout
 
 
 def test_kernel_surface_is_closed(attacker):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import socket
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 Wall = Literal[
     "user_namespace",
@@ -99,6 +99,8 @@ class Machine(Protocol):
     spec: MachineSpec
     walls: tuple[Wall, ...]
     """The walls checked to be in force, sorted."""
+    fork_report: dict[str, Any]
+    """Of a forked machine: what could not cross from its parent (threads, processes, sockets, pipes, terminals)."""
     channel: socket.socket
     """Connected, non-blocking stream to the guest agent.  Closed by `aclose`."""
 
@@ -111,6 +113,18 @@ class Machine(Protocol):
 
     async def usage(self) -> Usage:
         """Current use.  Zeros for what this machine cannot measure; never raises for a dead machine."""
+
+    async def fork(self, count: int, *, reseed: bool, timeout_s: float) -> tuple[Machine, ...]:
+        """Copies of this running machine, memory included, each with its guest ready (Ready unread on `channel`).
+
+        Precondition: no cell runs.  Called by the host under the sandbox's exec lock.
+        Args:
+            count: 1 to 32.
+            reseed: give the global random generators of each child fresh state.
+        Raises: NotBuilt if the engine cannot fork; Conflict if this machine cannot be forked any deeper;
+            MachineFailed, IsolationIncomplete, NoCapacity, DeadlineExceeded.  On any of them no copy exists.
+        If cancelled: no copy exists, and this machine is unchanged.
+        """
 
     async def wait_dead(self) -> Death:
         """Return once the machine ended by itself or by `aclose`.  Any number of waiters."""

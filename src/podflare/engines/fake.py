@@ -13,13 +13,14 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import anyio
 import anyio.abc
 
 from podflare.engines.base import Death, EngineReport, Limits, Machine, MachineSpec, Usage, Wall
 from podflare.engines.bundle import build_bundle
-from podflare.errors import DeadlineExceeded, MachineFailed, UnknownTemplate
+from podflare.errors import DeadlineExceeded, MachineFailed, NotBuilt, UnknownTemplate
 
 _END_TIMEOUT_S = 10.0
 
@@ -35,6 +36,7 @@ class FakeMachine:
         self.id = f"fake-{secrets.token_hex(8)}"
         self.spec = spec
         self.channel = channel
+        self.fork_report: dict[str, Any] = {}
         self.home = home
         self._process = process
         self._owner = owner
@@ -54,6 +56,9 @@ class FakeMachine:
 
     async def usage(self) -> Usage:
         return Usage()
+
+    async def fork(self, count: int, *, reseed: bool, timeout_s: float) -> tuple[Machine, ...]:
+        raise NotBuilt("the fake engine has no namespaces to fork a machine into")
 
     async def wait_dead(self) -> Death:
         status = await self._process.wait()

@@ -42,7 +42,14 @@ _LAST_READS = 64
 """Reads of what an ended REPL left in its socket; a process that it forked could write there for ever."""
 
 
-def run(channel: socket.socket, *, home: str, before_repl: Callable[[], None]) -> NoReturn:
+def run(
+    channel: socket.socket,
+    *,
+    home: str,
+    before_repl: Callable[[], None],
+    fork_line: Optional[int] = None,
+    hand_over: Optional[Callable[[List[int]], None]] = None,
+) -> NoReturn:
     """Serve the host at the other end of `channel` until it closes it; then end every process below and exit.
 
     Called by the engine once the process is confined.  Sends Ready when the first REPL waits for cells.  Exit
@@ -52,12 +59,14 @@ def run(channel: socket.socket, *, home: str, before_repl: Callable[[], None]) -
         channel: connected stream socket; this process owns it from now on.
         home: home directory and first working directory of user code; exists.
         before_repl: called in every new REPL process before it does anything.
+        fork_line: descriptor on which the REPL takes fork orders; None where the engine forks by other means.
+        hand_over: the first REPL is forked from another machine's: see Interpreter.adopt.
     """
     status = 1
     census: Optional[processes.Census] = None
     try:
         census = processes.Census()
-        Agent(channel, census, home, before_repl).serve()
+        Agent(channel, census, home, before_repl, fork_line).serve(hand_over)
         status = 0
     except (GuestBroken, ProtocolError) as exc:
         _complain(str(exc))
@@ -67,6 +76,7 @@ def run(channel: socket.socket, *, home: str, before_repl: Callable[[], None]) -
     finally:
         if census is not None:
             census.end_all()
+            census.wait_for_nested()
         os._exit(status)
 
 
@@ -110,14 +120,21 @@ class Agent:
     """State of one machine's guest."""
 
     def __init__(
-        self, channel: socket.socket, census: processes.Census, home: str, before_repl: Callable[[], None]
+        self,
+        channel: socket.socket,
+        census: processes.Census,
+        home: str,
+        before_repl: Callable[[], None],
+        fork_line: Optional[int] = None,
     ) -> None:
         environment.set_environment(home)
         self._home = home
         self._census = census
         self._host = Link(channel)
         self._output = Output()
-        self._interpreter = Interpreter(self._output, census, home, before_repl)
+        self._interpreter = Interpreter(self._output, census, home, before_repl, fork_line)
+        self._adopted: Optional[int] = None
+        """Pidfd of a REPL that is not a child of this process."""
         self._files = files.Transfers(self._host, home)
         self._cell: Optional[_Cell] = None
         self._ready_sent = False
@@ -131,10 +148,14 @@ class Agent:
         self._wake = _quiet_signals()
         self._stream_handlers = [self._stream_handler(stream) for stream in self._output.streams]
 
-    def serve(self) -> None:
+    def serve(self, hand_over: Optional[Callable[[List[int]], None]] = None) -> None:
         """Until the host closes the channel.  Raises: GuestBroken; ProtocolError if the host breaks the protocol."""
         self._poller.watch(self._wake, READ, self._on_children)
-        self._interpreter.start()
+        if hand_over is None:
+            self._interpreter.start()
+        else:
+            self._adopted = self._interpreter.adopt(hand_over)
+            self._poller.watch(self._adopted, READ, self._on_adopted_end)
         try:
             while True:
                 self._set_interest()
@@ -304,6 +325,14 @@ class Agent:
                 self._interpreter_ended(status)
             elif self._cell is not None and pid == self._cell.bash_pid:
                 self._bash_ended(self._cell, status)
+
+    def _on_adopted_end(self, events: int) -> None:
+        assert self._adopted is not None
+        pidfd, self._adopted = self._adopted, None
+        self._poller.forget(pidfd)
+        status = processes.exit_status_of(pidfd)
+        os.close(pidfd)
+        self._interpreter_ended(status)
 
     def _bash_ended(self, cell: _Cell, status: int) -> None:
         code, signal_number, _ = describe_end(status)

@@ -10,6 +10,7 @@ import errno
 import os
 import signal
 import socket
+import struct
 import time
 from typing import Callable, List, Optional, Tuple, Union
 
@@ -21,6 +22,8 @@ from podflare.wire import frames
 from podflare.wire.messages import Error, Exit, Ready, Result, from_guest
 
 MAX_FAILED_STARTS = 3
+ADOPT_TIMEOUT_S = 60.0
+"""Longer than the daemon waits for a fork; then it ends this machine."""
 _SITE_STARTS = 2
 """So many failed starts may be the fault of the user's own site configuration; then it is left out."""
 _FORK_TRIES = 50
@@ -34,7 +37,15 @@ class GuestBroken(Exception):
 class Interpreter:
     """The one REPL of the machine."""
 
-    def __init__(self, output: Output, census: processes.Census, home: str, before_repl: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        output: Output,
+        census: processes.Census,
+        home: str,
+        before_repl: Callable[[], None],
+        fork_line: Optional[int] = None,
+    ) -> None:
+        self._fork_line = fork_line
         self._output = output
         self._census = census
         self._home = home
@@ -65,6 +76,7 @@ class Interpreter:
                     home=self._home,
                     before_repl=self._before_repl,
                     with_site=self._failed_starts <= _SITE_STARTS,
+                    fork_line=self._fork_line,
                 )
         except BaseException:
             ours.close()
@@ -72,6 +84,31 @@ class Interpreter:
         finally:
             theirs.close()
         self.pid, self.link = pid, Link(ours)
+
+    def adopt(self, hand_over: Callable[[List[int]], None]) -> int:
+        """Take in a REPL that is forked elsewhere into this machine, instead of starting one.
+
+        Args:
+            hand_over: passes on the descriptors with which that REPL speaks: control socket, stdout, stderr.
+        Returns: a pidfd of it: it is another process's child, so that its end is not seen by reaping.
+        Raises: GuestBroken if none came.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+            hand_over([theirs.fileno(), self._output.stdout.write_fd, self._output.stderr.write_fd])
+        ours.settimeout(ADOPT_TIMEOUT_S)
+        size = struct.calcsize("3i")
+        try:
+            hello, ancillary, _, _ = ours.recvmsg(1, socket.CMSG_SPACE(size))
+        except OSError as exc:
+            raise GuestBroken(f"no forked Python process came: {exc}") from exc
+        if not hello or not ancillary:
+            raise GuestBroken("the forked Python process did not come")
+        self.pid = int(struct.unpack("3i", ancillary[0][2][:size])[0])
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
+        self.link = Link(ours)
+        return os.pidfd_open(self.pid)
 
     def _fork(self) -> int:
         for _ in range(_FORK_TRIES):

@@ -5,8 +5,10 @@ Reads /proc.  Knows nothing of cells but the mark that the agent takes when one 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
+import struct
 import time
 from dataclasses import dataclass
 from typing import Container, Dict, List, Set, Tuple
@@ -19,6 +21,9 @@ _GENTLE_ROUNDS = 8
 _MAX_ROUNDS = 200
 _DYING_S = 0.1
 _DYING_POLL_S = 0.0005
+_PIDFD_GET_INFO = 0xC040FF0B  # _IOWR(0xFF, 11, 64 bytes)
+_PIDFD_INFO_EXIT = 1 << 3
+_REAP_WAITS = 100
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,10 @@ class Census:
         for process in table.values():
             children.setdefault(process.parent, []).append(process.pid)
         found: List[Process] = []
-        stack = list(children.get(self.root, ()))
+        stack = [pid for pid in children.get(self.root, ()) if not _is_nested(pid)]
+        if self.root == 1:
+            # A REPL forked into this PID namespace has its parent outside, which proc_pid_stat(5) shows as 0.
+            stack += [pid for pid in children.get(0, ()) if pid != 1]
         while stack:
             pid = stack.pop()
             stack += children.get(pid, ())
@@ -100,22 +108,43 @@ class Census:
                 time.sleep(_DYING_POLL_S)
                 continue
             rounds += 1
-            if rounds > (_GENTLE_ROUNDS if self.root == 1 else _MAX_ROUNDS):
+            if rounds > (_GENTLE_ROUNDS if self._may_kill_all() else _MAX_ROUNDS):
                 break
             for process in alive:
                 _kill(process.pid)
                 killed.add(process.identity)
             give_up_at = time.monotonic() + _DYING_S
-        if self.root == 1:
+        if self._may_kill_all():
             _kill(-1)  # kill(2): everybody but pid 1, at one moment, so that no child escapes
         return False
 
     def end_all(self) -> None:
         """SIGKILL everything below this process."""
-        if self.root == 1:
+        if self._may_kill_all():
             _kill(-1)
         else:
             self.end_since(Mark(-1, -1))
+
+    def _may_kill_all(self) -> bool:
+        """Whether kill(-1) from here ends this machine's processes and nobody else's."""
+        return self.root == 1 and not self._nested()
+
+    def _nested(self) -> List[int]:
+        """Children that are of another PID namespace below this one: machines that were forked from this one."""
+        try:
+            with open(f"/proc/self/task/{self.root}/children") as file:
+                return [int(pid) for pid in file.read().split() if _is_nested(int(pid))]
+        except OSError:
+            return []
+
+    def wait_for_nested(self) -> None:
+        """Return when no machine that was forked from this one is left: their end would come with this process's."""
+        if self.root == 1:
+            while self._nested():
+                try:
+                    os.waitpid(-1, 0)
+                except ChildProcessError:
+                    return
 
 
 def reap() -> List[Tuple[int, int]]:
@@ -129,6 +158,33 @@ def reap() -> List[Tuple[int, int]]:
         if pid == 0:
             return ended
         ended.append((pid, status))
+
+
+def exit_status_of(pidfd: int) -> int:
+    """Wait status of an ended process that is another one's child.
+
+    The kernel tells it since 6.15 (PIDFD_GET_INFO); before that it counts as killed.
+    """
+    # The kernel has it from the moment on when the parent has reaped the process, for which there is no event.
+    for _ in range(_REAP_WAITS):
+        info = bytearray(struct.pack("QQ", _PIDFD_INFO_EXIT, 0) + bytes(48))  # struct pidfd_info, 64 bytes
+        try:
+            fcntl.ioctl(pidfd, _PIDFD_GET_INFO, info)
+        except OSError:
+            break
+        if struct.unpack_from("Q", info)[0] & _PIDFD_INFO_EXIT:
+            return int(struct.unpack_from("i", info, 60)[0])
+        time.sleep(0.001)
+    return int(signal.SIGKILL)
+
+
+def _is_nested(pid: int) -> bool:
+    """Whether the process lives in a PID namespace below the reader's (NSpid, proc_pid_status(5))."""
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:
+            return any(line.startswith(b"NSpid:") and len(line.split()) > 2 for line in file)
+    except OSError:
+        return False
 
 
 def send_signal(pid: int, number: int) -> None:

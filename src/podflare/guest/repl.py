@@ -17,6 +17,7 @@ import sys
 from typing import Any, Callable, List, NoReturn, Optional, Tuple
 
 from podflare.guest import display, environment, namespace, tracebacks
+from podflare.guest.branch import HELLO, ChildFds, ForkLine, Newborn, fork_children
 from podflare.guest.cells import NO_VALUE, Awaiter, Compiler, exit_status
 from podflare.guest.interrupts import InterruptGate
 from podflare.guest.stdio import StandardStreams, high_copy
@@ -33,6 +34,7 @@ def main(
     home: str,
     before_repl: Callable[[], None],
     with_site: bool,
+    fork_line: Optional[int] = None,
 ) -> NoReturn:
     """Turn this freshly forked child of the agent into a REPL and serve until the agent goes away.
 
@@ -41,15 +43,17 @@ def main(
         output: writing ends of the pipes for stdout and stderr.
         before_repl: the engine's last step of confinement; if it raises, this process ends.
         with_site: see namespace.open_paths.
+        fork_line: the guest's end of the fork line, where the engine has one (branch.py).
     """
     status = 1
     try:
         os.setsid()
         before_repl()
-        link = _AgentLink(_take_over_descriptors(control, output))
+        line = None if fork_line is None else ForkLine(fork_line)
+        link = _AgentLink(_take_over_descriptors(control, output, line))
         _default_signals()
         environment.enter_home(home)
-        repl = Repl(link, StandardStreams())
+        repl = Repl(link, StandardStreams(), line)
         namespace.hide_bundle()
         namespace.open_paths(with_site=with_site)
         repl.serve()
@@ -63,16 +67,17 @@ def main(
         os._exit(status)
 
 
-def _take_over_descriptors(control: socket.socket, output: Tuple[int, int]) -> int:
+def _take_over_descriptors(control: socket.socket, output: Tuple[int, int], line: Optional[ForkLine]) -> int:
     """Put standard streams on 0, 1, 2, the control socket high up; close everything else of the agent."""
     control_fd = high_copy(control.detach())
+    keep = {0, 1, 2, control_fd, -1 if line is None else line.fd}
     null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
     for fd, source in enumerate((null, *output)):
         os.dup2(source, fd)
     os.set_blocking(control_fd, True)
     for name in os.listdir("/proc/self/fd"):
         fd = int(name)
-        if fd > 2 and fd != control_fd:
+        if fd not in keep:
             try:
                 os.close(fd)
             except OSError:
@@ -92,7 +97,7 @@ class _AgentLink:
     """The blocking half of the control channel."""
 
     def __init__(self, fd: int) -> None:
-        self._fd = fd
+        self.fd = fd
         self._decoder = frames.Decoder()
         self._received: List[frames.Frame] = []
         self._poll = select.poll()
@@ -101,11 +106,16 @@ class _AgentLink:
     def next_frame(self) -> Optional[frames.Frame]:
         """The next frame; None when the agent is gone."""
         while not self._received:
-            data = os.read(self._fd, 65536)
+            data = os.read(self.fd, 65536)
             if not data:
                 return None
             self._received = self._decoder.feed(data)
         return self._received.pop(0)
+
+    @property
+    def empty(self) -> bool:
+        """Whether no frame has been received that was not taken yet."""
+        return not self._received
 
     def has_more(self) -> bool:
         """Whether the agent sent something that was not read yet."""
@@ -114,17 +124,18 @@ class _AgentLink:
     def send(self, channel: int, *messages: Message) -> None:
         data = memoryview(b"".join(frames.encode(frames.MESSAGE, channel, to_payload(m)) for m in messages))
         while data:
-            data = data[os.write(self._fd, data) :]
+            data = data[os.write(self.fd, data) :]
 
     def close(self) -> None:
-        os.close(self._fd)
+        os.close(self.fd)
 
 
 class Repl:
     """One namespace and the cells that run in it."""
 
-    def __init__(self, link: _AgentLink, streams: StandardStreams) -> None:
+    def __init__(self, link: _AgentLink, streams: StandardStreams, line: Optional[ForkLine] = None) -> None:
         self._link = link
+        self._line = line
         self._streams = streams
         self._gate = InterruptGate()
         self._compiler = Compiler()
@@ -144,6 +155,8 @@ class Repl:
         os.register_at_fork(after_in_child=self._leave_to_child)
         self._link.send(0, Ready(protocol=PROTOCOL, python=platform.python_version()))
         while True:
+            if self._line is not None and self._link.empty:
+                self._line.wait(self._link.fd, self._branch)
             frame = self._link.next_frame()
             if frame is None:
                 return
@@ -255,7 +268,58 @@ class Repl:
 
     def _leave_to_child(self) -> None:
         """In a child that user code forked: the agent's ear belongs to the parent alone."""
+        if self._line is not None and self._line.forking:
+            return
         try:
             self._link.close()
+            if self._line is not None:
+                self._line.close()
         except OSError:
             pass
+
+    # -- fork
+
+    def _branch(self, children: List[ChildFds], reseed: bool, timeout_s: float) -> None:
+        """Obey a fork order.  Returns in the parent and, as the REPL of another machine, in every child."""
+        line = self._line
+        assert line is not None
+        self._streams.flush()
+        newborn = Newborn(reseed)
+        line.forking = True
+        try:
+            mine = fork_children(children, timeout_s)
+        except OSError as exc:
+            newborn.forget()
+            line.say({"forked": False, "why": str(exc)})
+            return
+        finally:
+            line.forking = False
+        if mine is None:
+            newborn.forget()
+            for child in children:
+                child.close()
+            line.say({"forked": True})
+        else:
+            self._begin_life(newborn, mine, children)
+
+    def _begin_life(self, newborn: Newborn, mine: ChildFds, siblings: List[ChildFds]) -> None:
+        """In a child: leave the parent's machine for an own one, then wait for cells there."""
+        assert self._line is not None
+        os.setsid()
+        own = {self._link.fd, self._line.fd, *self._streams.descriptors}
+        passed = {fd for child in siblings for fd in child.all()}
+        losses = newborn.enter(mine, own | passed)
+        os.dup2(mine.control, self._link.fd, inheritable=False)
+        os.dup2(mine.line, self._line.fd, inheritable=False)
+        self._streams.move_to(mine.stdout, mine.stderr)
+        for child in siblings:
+            child.close()
+        self._pid = os.getpid()
+        self._line.say({"born": losses})
+        if os.read(self._line.fd, 16) != b"go":
+            os._exit(1)
+        for note in newborn.settle():
+            self._note(f"fork: {note}")
+        self._awaiter.after_fork()
+        os.write(self._link.fd, HELLO)
+        self._link.send(0, Ready(protocol=PROTOCOL, python=platform.python_version()))

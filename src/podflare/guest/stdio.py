@@ -10,7 +10,7 @@ import io
 import os
 import resource
 import sys
-from typing import Any, Dict, TextIO, Tuple
+from typing import Any, Dict, List, TextIO, Tuple
 
 _PREFERRED_BASE = 512
 _NAMES = ("stdin", "stdout", "stderr")
@@ -35,6 +35,18 @@ class StandardStreams:
             self._renew(name)
             setattr(sys, name, self._own[name])
             setattr(sys, f"__{name}__", self._own[name])
+
+    @property
+    def descriptors(self) -> List[int]:
+        """The copies kept out of user code's way."""
+        return list(self._copies)
+
+    def move_to(self, stdout: int, stderr: int) -> None:
+        """After a fork: the same streams write to other pipes."""
+        for fd, source in ((1, stdout), (2, stderr)):
+            os.dup2(source, fd)
+            os.dup2(source, self._copies[fd], inheritable=False)
+            self._identity[fd] = _identity(fd)
 
     def restore(self) -> None:
         """Make descriptors and sys streams usable again where they are not.

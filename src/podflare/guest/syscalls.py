@@ -30,6 +30,8 @@ MS_REC = 0x4000
 MS_PRIVATE = 1 << 18
 MNT_DETACH = 2
 
+CAP_SYS_CHROOT = 18
+CAP_SYS_ADMIN = 21
 CAP_LAST = 63
 """Bits above the kernel's last capability answer EINVAL, which is how the end is found."""
 
@@ -56,6 +58,8 @@ _NUMBERS = {
     "mount_setattr": (442, 442),
 }
 _COLUMN = {"x86_64": 0, "aarch64": 1}.get(platform.machine(), 0)
+
+_U32 = 0xFFFFFFFF
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -173,16 +177,14 @@ def empty_bounding_set(keep: Iterable[int] = ()) -> None:
             raise
 
 
-def set_capabilities(permitted: Iterable[int] = ()) -> None:
-    """Permitted and effective set become exactly `permitted`, inheritable and ambient empty."""
+def set_capabilities(permitted: Iterable[int] = (), effective: Iterable[int] = ()) -> None:
+    """Permitted and effective set become exactly these, inheritable and ambient empty."""
     _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
-    mask = 0
-    for cap in permitted:
-        mask |= 1 << cap
-    low, high = mask & 0xFFFFFFFF, mask >> 32
+    may = sum(1 << cap for cap in permitted)
+    has = sum(1 << cap for cap in effective)
     header = struct.pack("II", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3
-    data = struct.pack("IIIIII", low, low, 0, high, high, 0)
-    _syscall("capset", header, data)
+    words = [part for shift in (0, 32) for part in (has >> shift & _U32, may >> shift & _U32, 0)]
+    _syscall("capset", header, struct.pack("6I", *words))
 
 
 def load_seccomp_filter(program: bytes) -> None:
@@ -197,3 +199,48 @@ def load_seccomp_filter(program: bytes) -> None:
     # struct sock_fprog { unsigned short len; struct sock_filter *filter; } with native padding
     fprog = struct.pack("H6xP", count, ctypes.addressof(buffer))
     _syscall("seccomp", ctypes.c_uint(1), ctypes.c_uint(0), fprog)  # SECCOMP_SET_MODE_FILTER
+
+
+_PROT_READ, _PROT_WRITE = 1, 2
+_MAP_SHARED, _MAP_FIXED, _MAP_ANONYMOUS = 1, 0x10, 0x20
+_MREMAP_MAYMOVE, _MREMAP_FIXED = 1, 2
+_FAILED = ctypes.c_void_p(-1).value
+
+_libc.mmap.restype = _libc.mremap.restype = ctypes.c_void_p
+
+
+def map_file_over(start: int, length: int, protection: int, fd: int, offset: int) -> None:
+    """Replace the mapping at `start` by a shared mapping of the file `fd`."""
+    where = _libc.mmap(
+        ctypes.c_void_p(start),
+        ctypes.c_size_t(length),
+        ctypes.c_int(protection),
+        ctypes.c_int(_MAP_SHARED | _MAP_FIXED),
+        ctypes.c_int(fd),
+        ctypes.c_long(offset),
+    )
+    _check(-1 if where == _FAILED else 0, f"mmap over {start:#x}")
+
+
+def copy_shared_mapping(start: int, length: int, protection: int) -> None:
+    """Replace the readable shared mapping at `start` by an own one with the same content."""
+    copy = _libc.mmap(
+        None,
+        ctypes.c_size_t(length),
+        ctypes.c_int(_PROT_READ | _PROT_WRITE),
+        ctypes.c_int(_MAP_SHARED | _MAP_ANONYMOUS),
+        ctypes.c_int(-1),
+        ctypes.c_long(0),
+    )
+    _check(-1 if copy == _FAILED else 0, f"mmap of {length} bytes")
+    ctypes.memmove(copy, start, length)
+    if protection != _PROT_READ | _PROT_WRITE:
+        _check(_libc.mprotect(ctypes.c_void_p(copy), ctypes.c_size_t(length), ctypes.c_int(protection)), "mprotect")
+    moved = _libc.mremap(
+        ctypes.c_void_p(copy),
+        ctypes.c_size_t(length),
+        ctypes.c_size_t(length),
+        ctypes.c_int(_MREMAP_MAYMOVE | _MREMAP_FIXED),
+        ctypes.c_void_p(start),
+    )
+    _check(-1 if moved == _FAILED else 0, f"mremap to {start:#x}")

@@ -58,6 +58,8 @@ class StagePlan:
     """Directories inside the machine that are covered by an empty one."""
     devices: Tuple[str, ...]
     preload: Tuple[str, ...]
+    filters: Tuple[str, ...]
+    """Compiled seccomp programs, hexadecimal, which every machine loads in this order."""
     environment: Tuple[Tuple[str, str], ...]
 
 
@@ -73,8 +75,8 @@ class MachinePlan:
     repl_rlimits: Tuple[Tuple[int, int], ...]
     """The same for the REPL and all below it only."""
     shm_bytes: int
-    filters: Tuple[str, ...]
-    """Compiled seccomp programs, hexadecimal, loaded in this order."""
+    layers: Tuple[str, ...] = ()
+    """Directories below machines_dir with what the machine was forked with, topmost first."""
     home: str = "/root"
 
 
@@ -88,18 +90,18 @@ def stage_from_json(data: bytes) -> StagePlan:
     body["trees"] = tuple(Tree(**tree) for tree in body["trees"])
     body["skeleton"] = tuple(SkeletonEntry(**entry) for entry in body["skeleton"])
     body["environment"] = tuple((name, value) for name, value in body["environment"])
-    for key in ("hide", "devices", "preload"):
+    for key in ("hide", "devices", "preload", "filters"):
         body[key] = tuple(body[key])
     return StagePlan(**body)
 
 
-def machine_to_json(plan: MachinePlan) -> bytes:
-    return json.dumps(asdict(plan)).encode()
+def machine_to_dict(plan: MachinePlan) -> Dict[str, Any]:
+    return asdict(plan)
 
 
-def machine_from_json(data: bytes) -> MachinePlan:
-    body: Dict[str, Any] = json.loads(data)
+def machine_from_dict(body: Dict[str, Any]) -> MachinePlan:
+    body = dict(body)
     body["rlimits"] = tuple((resource, limit) for resource, limit in body["rlimits"])
     body["repl_rlimits"] = tuple((resource, limit) for resource, limit in body["repl_rlimits"])
-    body["filters"] = tuple(body["filters"])
+    body["layers"] = tuple(body["layers"])
     return MachinePlan(**body)

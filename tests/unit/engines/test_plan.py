@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 
 import pytest
@@ -81,10 +82,10 @@ def test_environment_has_nothing_of_the_daemons(monkeypatch):
 def test_without_a_memory_group_the_repl_is_limited_by_rlimit():
     """Where no control group holds memory, RLIMIT_DATA does."""
     spec = MachineSpec("default", LIMITS)
-    bare = planning.plan_machine("m", spec, filters=(b"12345678",), cgroup_walls=())
+    bare = planning.plan_machine("m", spec, cgroup_walls=())
     assert (resource.RLIMIT_DATA, 2**30) in bare.repl_rlimits
     assert (resource.RLIMIT_NPROC, 77) in bare.rlimits
-    grouped = planning.plan_machine("m", spec, filters=(), cgroup_walls=("memory_limit", "process_limit"))
+    grouped = planning.plan_machine("m", spec, cgroup_walls=("memory_limit", "process_limit"))
     assert grouped.repl_rlimits == ()
     assert resource.RLIMIT_NPROC not in dict(grouped.rlimits)
 
@@ -99,8 +100,8 @@ def test_plans_survive_the_wire():
     """Encoding and decoding a plan gives an equal plan."""
     plan = stage(root=True, map_ids=True)
     assert wire.stage_from_json(wire.stage_to_json(plan)) == plan
-    machine = planning.plan_machine("m", MachineSpec("default", LIMITS), filters=(b"12345678",), cgroup_walls=())
-    assert wire.machine_from_json(wire.machine_to_json(machine)) == machine
+    machine = planning.plan_machine("m", MachineSpec("default", LIMITS), cgroup_walls=(), layers=("l1", "l2"))
+    assert wire.machine_from_dict(json.loads(json.dumps(wire.machine_to_dict(machine)))) == machine
 
 
 def test_facts_of_this_computer_hide_the_daemons_home():

@@ -92,6 +92,21 @@ class Cgroup:
         """Whether `pid` is in every one of the groups."""
         return all(str(pid) in (path / "cgroup.procs").read_text().split() for path in self.directories)
 
+    def move(self, pid: int) -> None:
+        """Put a process into every one of the groups.  Raises: OSError; ProcessLookupError if it is gone."""
+        for path in self.directories:
+            _write(path / "cgroup.procs", pid)
+
+    def empty(self, spare: int, timeout_s: float) -> bool:
+        """End every process in the groups but `spare`; False if something is left after `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left = {pid for path in self.directories for pid in _pids(path)} - {spare}
+            if not left or time.monotonic() >= deadline:
+                return not left
+            _kill(left)
+            time.sleep(0.002)  # as in remove
+
     def set_limits(self, limits: Limits) -> None:
         memory, pids, cpu = (self._paths.get(name) for name in ("memory", "pids", "cpu"))
         if memory and self._version == 2:
@@ -142,7 +157,7 @@ class Cgroup:
             left = [path for path in left if not _rmdir(path)]
             if not left or time.monotonic() >= deadline:
                 return not left
-            _kill_all(left)
+            _kill(pid for path in left for pid in _pids(path))
             time.sleep(0.002)  # the kernel has no event for "the last task has left" that both versions share
 
 
@@ -222,18 +237,19 @@ def _own_groups() -> dict[str, str]:
     return groups
 
 
-def _kill_all(paths: list[Path]) -> None:
-    for path in paths:
+def _pids(path: Path) -> list[int]:
+    try:
+        return [pid for word in (path / "cgroup.procs").read_text().split() if (pid := int(word)) > 0]
+    except OSError:
+        return []
+
+
+def _kill(pids: Iterable[int]) -> None:
+    for pid in pids:
         try:
-            pids = [int(word) for word in (path / "cgroup.procs").read_text().split()]
-        except OSError:
-            continue
-        for pid in pids:
-            if pid > 0:  # 0 stands for a process of another PID namespace
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
 
 
 def _rmdir(path: Path) -> bool:

@@ -22,6 +22,39 @@ _NAMESPACES: dict[str, Wall] = {
 }
 
 
+REPL_CAPABILITIES = 1 << 18 | 1 << 21
+"""CAP_SYS_CHROOT and CAP_SYS_ADMIN in the machine's user namespace: what a REPL forks into other machines with."""
+
+
+def namespaces_of(pid: int) -> dict[str, str]:
+    """Identity of each namespace of a process, as `pid:[4026531836]`.  Raises: OSError if it is gone."""
+    return {name: str(Path(f"/proc/{pid}/ns/{name}").readlink()) for name in _NAMESPACES}
+
+
+def check_repl(pid: int, *, namespaces: dict[str, str], filters: int) -> None:
+    """Is process `pid` the REPL that a machine with these namespaces waits for, and no more than that?
+
+    Raises: IsolationIncomplete; the caller ends the machine.
+    """
+    problems: list[str] = []
+    try:
+        status, found = _status(pid), namespaces_of(pid)
+    except OSError as exc:
+        raise IsolationIncomplete(f"the forked Python process vanished: {exc}") from exc
+    if found != namespaces:
+        problems.append("it is not in the namespaces made for it")
+    for name in ("CapInh", "CapBnd", "CapAmb"):
+        if int(status[name], 16):
+            problems.append(f"{name} is {status[name]}")
+    for name in ("CapPrm", "CapEff"):
+        if int(status[name], 16) & ~REPL_CAPABILITIES:
+            problems.append(f"{name} is {status[name]}")
+    if status["NoNewPrivs"] != "1" or (status["Seccomp"], status.get("Seccomp_filters")) != ("2", str(filters)):
+        problems.append("its system-call filter is not the expected one")
+    if problems:
+        raise IsolationIncomplete(f"the forked process is not what was ordered: {'; '.join(problems)}")
+
+
 def check_confinement(pid: int, *, filters: int, root: bool, cgroup: Cgroup | None) -> tuple[Wall, ...]:
     """The walls around process `pid`, an agent that waits to be let go.
 
@@ -41,8 +74,9 @@ def check_confinement(pid: int, *, filters: int, root: bool, cgroup: Cgroup | No
     for name, wall in _NAMESPACES.items():
         ours, theirs = (Path(f"/proc/{who}/ns/{name}").readlink() for who in ("self", pid))
         demand(wall, ours != theirs, f"{name} namespace is the daemon's")
-    sets = {key: status.get(key, "?") for key in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")}
-    demand("no_capabilities", all(int(value, 16) == 0 for value in sets.values()), str(sets))
+    sets = {key: int(status[key], 16) for key in ("CapInh", "CapEff", "CapBnd", "CapAmb", "CapPrm")}
+    may = sets.pop("CapPrm") & ~REPL_CAPABILITIES  # which the agent gives to REPLs, and uses for nothing itself
+    demand("no_capabilities", not may and not any(sets.values()), str(sets))
     demand("no_new_privileges", status.get("NoNewPrivs") == "1", "NoNewPrivs is off")
     loaded = (status.get("Seccomp"), status.get("Seccomp_filters", str(filters)))
     demand("seccomp", loaded == ("2", str(filters)), f"mode and filters are {loaded}")

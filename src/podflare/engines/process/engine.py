@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
-import socket
 from pathlib import Path
 
-from podflare.engines.base import EngineOptions, EngineReport, Limits, MachineSpec, Wall
+from podflare.engines.base import EngineOptions, EngineReport, MachineSpec
 from podflare.engines.linux import cgroups, seccomp
 from podflare.engines.process import probe
-from podflare.engines.process.check import check_confinement
+from podflare.engines.process.birth import Nursery, Unborn, prepare, receive_confined, send_order
 from podflare.engines.process.disk import DiskWatch
 from podflare.engines.process.facts import HostFacts, read_facts
-from podflare.engines.process.machine import Birth, ProcessMachine, end_parts, receive_birth, remove_tree
-from podflare.engines.process.plan import ROOT_FIRST_ID, plan_machine, plan_stage
-from podflare.engines.process.zygote import Zygote, wait_readable
-from podflare.errors import DeadlineExceeded, IsolationIncomplete, MachineFailed, PodflareError, UnknownTemplate
+from podflare.engines.process.fork import fork_machine
+from podflare.engines.process.layers import Layers
+from podflare.engines.process.machine import ProcessMachine, empty_machine, end_parts, remove_tree
+from podflare.engines.process.plan import plan_machine, plan_stage
+from podflare.engines.process.waiting import wait_readable
+from podflare.engines.process.zygote import Zygote
+from podflare.errors import (
+    Conflict,
+    DeadlineExceeded,
+    IsolationIncomplete,
+    MachineFailed,
+    PodflareError,
+    UnknownTemplate,
+)
+
+MAX_DEPTH = 24
+"""Generations of forks: each lies in a PID namespace below its parent's, and the kernel stops at 32 levels."""
+STEP_TIMEOUT_S = 60.0
 
 
 class ProcessEngine:
@@ -31,22 +43,26 @@ class ProcessEngine:
         self._data = Path(options.data_dir)
         self._machines_dir = self._data / "machines"
         self._facts: HostFacts = read_facts()
-        self._cgroups = cgroups.Cgroups(0, {}, "not looked at yet")
         self._filters: tuple[bytes, ...] = ()
+        self._nursery: Nursery | None = None
         self._zygote: Zygote | None = None
         self._machines: set[ProcessMachine] = set()
+        self._layers = Layers(self._machines_dir)
         self._disk = DiskWatch(self._machines_dir)
+        self._starting = asyncio.Lock()
 
     async def probe(self) -> EngineReport:
         return await probe.report()
 
     async def start(self) -> None:
         self._filters = seccomp.compile_filters()
-        self._cgroups = cgroups.detect()
         self._machines_dir.mkdir(parents=True, exist_ok=True)
         if self._facts.root:
             # The machines' ids must be able to enter; their names are random and their content is theirs.
             self._machines_dir.chmod(0o711)
+        self._nursery = Nursery(
+            self._options, self._machines_dir, cgroups.detect(), self._facts.root, len(self._filters)
+        )
         self._zygote = await self._start_zygote()
         self._disk.start()
 
@@ -58,7 +74,11 @@ class ProcessEngine:
         for map_ids in (True, False) if self._facts.root else (False,):
             zygote = Zygote(self._facts.python, self._data / "bundle")
             plan = plan_stage(
-                self._facts, stage_dir=str(stage_dir), machines_dir=str(self._machines_dir), map_ids=map_ids
+                self._facts,
+                stage_dir=str(stage_dir),
+                machines_dir=str(self._machines_dir),
+                map_ids=map_ids,
+                filters=self._filters,
             )
             try:
                 await zygote.start(plan)
@@ -71,104 +91,116 @@ class ProcessEngine:
     async def create(self, spec: MachineSpec, *, timeout_s: float) -> ProcessMachine:
         if spec.template not in self.templates:
             raise UnknownTemplate(f"unknown template {spec.template!r:.80}; known: {', '.join(self.templates)}")
-        if self._zygote is None:
+        try:
+            machine = await asyncio.wait_for(self._bear(spec), timeout_s)
+        except PodflareError:
+            raise
+        except asyncio.TimeoutError as exc:
+            raise DeadlineExceeded(f"no machine was ready within {timeout_s:g} s") from exc
+        except OSError as exc:
+            raise MachineFailed(f"a new machine could not be started: {exc}") from exc
+        self._take_in(machine)
+        return machine
+
+    async def _bear(self, spec: MachineSpec) -> ProcessMachine:
+        """Order the machine, look at it from outside, let it go, wait for its guest."""
+        nursery, zygote = await self._ready()
+        family = await zygote.spawn()
+        unborn: Unborn | None = None
+        try:
+            unborn = prepare(nursery, spec, family)
+            plan = plan_machine(unborn.id, spec, cgroup_walls=nursery.cgroups.walls)
+            send_order([unborn], [plan], family, below=None)
+            machine = await receive_confined(nursery, unborn)
+            machine.parts.birth.close()
+            await wait_readable(machine.channel, STEP_TIMEOUT_S, "the guest of the new machine did not start")
+            return machine
+        except BaseException:
+            await asyncio.shield(self._undo(unborn) if unborn is not None else family.aclose())
+            raise
+
+    async def _ready(self) -> tuple[Nursery, Zygote]:
+        if self._nursery is None or self._zygote is None:
             raise MachineFailed("the process engine is not started")
         if not self._zygote.alive:
-            self._zygote = await self._start_zygote()
-        machine_id = secrets.token_hex(8)
-        parts, theirs = self._acquire(machine_id, spec.limits)
-        try:
-            machine = await asyncio.wait_for(self._bear(machine_id, spec, parts, theirs), timeout_s)
-        except BaseException as exc:
-            await asyncio.shield(end_parts(parts))
-            if isinstance(exc, PodflareError):
-                raise
-            if isinstance(exc, asyncio.TimeoutError):
-                raise DeadlineExceeded(f"no machine was ready within {timeout_s:g} s") from exc
-            if isinstance(exc, OSError):
-                raise MachineFailed(f"a new machine could not be started: {exc}") from exc
-            raise
+            async with self._starting:
+                if not self._zygote.alive:
+                    await self._zygote.aclose()
+                    self._zygote = await self._start_zygote()
+        return self._nursery, self._zygote
+
+    @staticmethod
+    async def _undo(unborn: Unborn) -> None:
+        for sock in unborn.theirs:
+            sock.close()
+        await end_parts(unborn.parts)
+        await asyncio.get_running_loop().run_in_executor(None, remove_tree, unborn.parts.directory)
+
+    def _take_in(self, machine: ProcessMachine) -> None:
         self._machines.add(machine)
         self._disk.add(machine)
-        machine.on_closed = self._forget
+        machine.on_close = self._remove
+        machine.on_fork = self._fork
         machine.watch()
-        return machine
 
-    def _forget(self, machine: ProcessMachine) -> None:
-        self._machines.discard(machine)
-        self._disk.discard(machine)
-
-    def _acquire(self, machine_id: str, limits: Limits) -> tuple[Birth, list[socket.socket]]:
-        """The host's half of a new machine, and the sockets that go to it.  All or nothing."""
-        directory = self._machines_dir / machine_id
-        pairs: list[tuple[socket.socket, socket.socket]] = []
-        group: cgroups.Cgroup | None = None
+    async def _fork(
+        self, parent: ProcessMachine, count: int, reseed: bool, timeout_s: float
+    ) -> tuple[ProcessMachine, ...]:
+        if parent.depth >= MAX_DEPTH:
+            raise Conflict(
+                f"this sandbox is a fork of the {MAX_DEPTH}th generation, the deepest that the kernel's nested "
+                "PID namespaces allow; save its state to files and go on in a new sandbox"
+            )
+        nursery, _ = await self._ready()
+        hostnames = [f"fork-{secrets.token_hex(4)}" for _ in range(count)]
+        forking = fork_machine(nursery, self._layers, parent, hostnames, reseed=reseed)
         try:
-            directory.mkdir(mode=0o700)
-            if self._facts.root:
-                os.chown(directory, ROOT_FIRST_ID, ROOT_FIRST_ID)
-            if self._cgroups.version:
-                group = self._cgroups.create(self._options.instance, machine_id, limits)
-            for kind in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET, socket.SOCK_SEQPACKET):
-                pairs.append(socket.socketpair(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC))
+            children = await asyncio.wait_for(forking, timeout_s)
+        except PodflareError:
+            raise
+        except asyncio.TimeoutError as exc:
+            raise DeadlineExceeded(f"the fork was not ready within {timeout_s:g} s") from exc
         except OSError as exc:
-            for ours, theirs in pairs:
-                ours.close()
-                theirs.close()
-            if group is not None:
-                group.remove(timeout_s=1)
-            remove_tree(directory)
-            raise MachineFailed(f"a new machine could not be prepared: {exc}") from exc
-        (channel, _), (control, _), (birth, _) = pairs
-        for sock in (channel, control, birth):
-            sock.setblocking(False)
-        birth.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        return Birth(directory, group, channel, control, birth), [theirs for _, theirs in pairs]
+            raise MachineFailed(f"the sandbox could not be forked: {exc}") from exc
+        for child in children:
+            child.parent, child.depth = parent, parent.depth + 1
+            parent.nested.add(child)
+            self._take_in(child)
+        return tuple(children)
 
-    async def _bear(
-        self, machine_id: str, spec: MachineSpec, parts: Birth, theirs: list[socket.socket]
-    ) -> ProcessMachine:
-        """Order the machine, look at it from outside, let it go, wait for its guest."""
-        assert self._zygote is not None
-        timeout_s = 30.0  # the caller's deadline is nearer; this bounds each wait by itself
-        plan = plan_machine(machine_id, spec, filters=self._filters, cgroup_walls=self._cgroups.walls)
-        procs: list[int] = []
-        try:
-            procs = parts.cgroup.open_procs() if parts.cgroup else []
-            parts.pidfd = await self._zygote.spawn(plan, [*(sock.fileno() for sock in theirs), *procs])
-        finally:
-            for sock in theirs:
-                sock.close()
-            for fd in procs:
-                os.close(fd)
-        agent = await receive_birth(parts, timeout_s)
-        walls = (
-            check_confinement(agent, filters=len(self._filters), root=self._facts.root, cgroup=parts.cgroup)
-            + self._limit_walls()
-        )
-        missing = sorted(set(self._options.require) - set(walls))
-        if missing:
-            raise IsolationIncomplete(f"required walls are missing on this machine: {', '.join(missing)}")
-        parts.birth.send(b"go")
-        parts.birth.close()
-        await wait_readable(parts.channel, timeout_s, "the guest of the new machine did not start")
-        machine = ProcessMachine(machine_id, spec, parts)
-        machine.walls = tuple(sorted(walls))
-        machine.agent_pid = agent
-        return machine
+    async def _remove(self, machine: ProcessMachine) -> None:
+        """Closing of a machine: at once if it has no forks, else all but its agent now and that with the last fork."""
+        self._disk.discard(machine)
+        if machine.nested:
+            await empty_machine(machine.parts, machine.agent_pid)
+            return
+        current: ProcessMachine | None = machine
+        while current is not None:
+            await self._remove_leaf(current)
+            parent, current = current.parent, None
+            if parent is not None and parent.is_closed and not parent.nested:
+                current = parent
 
-    def _limit_walls(self) -> tuple[Wall, ...]:
-        """Limits in force besides those of control groups: the process limit always, by rlimit if need be."""
-        return tuple({*self._cgroups.walls, "process_limit", "disk_limit"})
+    async def _remove_leaf(self, machine: ProcessMachine) -> None:
+        if machine not in self._machines:
+            return
+        self._machines.discard(machine)
+        if machine.parent is not None:
+            machine.parent.nested.discard(machine)
+        await end_parts(machine.parts)
+        await asyncio.get_running_loop().run_in_executor(None, remove_tree, machine.directory)
+        await self._layers.release(machine.parts.layers)
 
     async def aclose(self) -> None:
         await self._disk.aclose()
-        await asyncio.gather(*(machine.aclose() for machine in tuple(self._machines)))
+        # Forks first: a machine with forks keeps its agent until they are gone.
+        for machine in sorted(self._machines, key=lambda one: -one.depth):
+            await machine.aclose()
         if self._zygote is not None:
             await self._zygote.aclose()
             self._zygote = None
-        if self._cgroups.version:
-            self._cgroups.remove_instance(self._options.instance)
+        if self._nursery is not None and self._nursery.cgroups.version:
+            self._nursery.cgroups.remove_instance(self._options.instance)
 
     @staticmethod
     def reap(data_dir: Path, instance: str) -> None:

@@ -52,7 +52,13 @@ _TEXTS: tuple[tuple[str, str], ...] = (
 
 
 def plan_stage(
-    facts: HostFacts, *, stage_dir: str, machines_dir: str, map_ids: bool, preload: tuple[str, ...] = ()
+    facts: HostFacts,
+    *,
+    stage_dir: str,
+    machines_dir: str,
+    map_ids: bool,
+    filters: tuple[bytes, ...] = (),
+    preload: tuple[str, ...] = (),
 ) -> StagePlan:
     """The stage of the `default` template.
 
@@ -69,6 +75,7 @@ def plan_stage(
         hide=facts.own_packages,
         devices=DEVICES,
         preload=preload,
+        filters=tuple(program.hex() for program in filters),
         environment=environment(facts.python),
     )
 
@@ -122,9 +129,12 @@ def _skeleton(facts: HostFacts) -> tuple[SkeletonEntry, ...]:
 
 
 def plan_machine(
-    machine_id: str, spec: MachineSpec, *, filters: tuple[bytes, ...], cgroup_walls: tuple[str, ...]
+    machine_id: str, spec: MachineSpec, *, cgroup_walls: tuple[str, ...], layers: tuple[str, ...] = ()
 ) -> MachinePlan:
-    """One machine.  Where no control group holds a limit, the nearest rlimit does (per process, not in sum)."""
+    """One machine; a forked one has the layers of its parent, topmost first.
+
+    Where no control group holds a limit, the nearest rlimit does (per process, not in sum).
+    """
     limits = spec.limits
     rlimits = [(RLIMIT_CORE, 0), (RLIMIT_NOFILE, MAX_OPEN_FILES), (RLIMIT_FSIZE, limits.disk_bytes)]
     if "process_limit" not in cgroup_walls:
@@ -135,7 +145,7 @@ def plan_machine(
         rlimits=tuple(rlimits),
         repl_rlimits=repl_rlimits(limits, cgroup_walls),
         shm_bytes=limits.memory_bytes // 2,
-        filters=tuple(program.hex() for program in filters),
+        layers=layers,
         home=HOME,
     )
 

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from podflare.engines.bundle import build_bundle
-from podflare.errors import DeadlineExceeded, IsolationIncomplete, MachineFailed
-from podflare.wire.plan import MachinePlan, StagePlan, machine_to_json, stage_to_json
+from podflare.engines.process.family import Family
+from podflare.engines.process.waiting import wait_readable
+from podflare.errors import IsolationIncomplete, MachineFailed
+from podflare.wire.plan import StagePlan, stage_to_json
 
 MAX_ANSWER_BYTES = 64 * 1024
 START_TIMEOUT_S = 60.0
@@ -67,39 +69,41 @@ class Zygote:
             await self.aclose()
             raise IsolationIncomplete(f"the process engine could not build its stage: {answer['error']}")
 
-    async def spawn(self, plan: MachinePlan, fds: list[int]) -> int:
-        """Order one machine; the fds are its birth descriptors (guest/process/family.Fds).
-
-        Returns: a pidfd of its family, which the caller closes.
+    async def spawn(self) -> Family:
+        """A new family, the caller's to close.
 
         Raises: MachineFailed if the zygote refuses or is gone.
+        If cancelled: no family exists.
         """
         async with self._lock:
-            control = self._control
-            if control is None or not self.alive:
-                raise MachineFailed("the zygote of this template has ended; it is started again with the daemon")
-            packet = machine_to_json(plan)
-            loop = asyncio.get_running_loop()
+            if self._control is None or not self.alive:
+                raise MachineFailed("the zygote of this template has ended; the next create starts another one")
             # Shielded: an answer must be read by the call that ordered it, cancelled or not.
-            order = loop.create_task(self._order(control, packet, fds))
+            order = asyncio.get_running_loop().create_task(self._order(self._control))
             try:
                 return await asyncio.shield(order)
             except asyncio.CancelledError:
                 try:
-                    os.close(await order)
-                except (MachineFailed, OSError):
+                    await (await order).aclose()
+                except MachineFailed:
                     pass  # nothing was made: nothing to give back
                 raise
 
-    async def _order(self, control: socket.socket, packet: bytes, fds: list[int]) -> int:
-        socket.send_fds(control, [packet], fds)
-        answer = await self._answer(ORDER_TIMEOUT_S, want_fd=True)
-        if "error" in answer:
-            raise MachineFailed(f"a new machine could not be started: {answer['error']}")
-        pidfd = answer.get("pidfd")
-        if not isinstance(pidfd, int):
-            raise MachineFailed("the zygote answered without a process")
-        return pidfd
+    async def _order(self, control: socket.socket) -> Family:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        ours.setblocking(False)
+        try:
+            with theirs:
+                # An order for 32 machines must fit into one packet.
+                ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 19)
+                socket.send_fds(control, [b"{}"], [theirs.fileno()])
+            answer = await self._answer(ORDER_TIMEOUT_S, want_fd=True)
+            if "error" in answer:
+                raise MachineFailed(f"a new sandbox could not be started: {answer['error']}")
+            return Family(ours, int(answer["pidfd"]))
+        except BaseException:
+            ours.close()
+            raise
 
     async def _answer(self, timeout_s: float, *, want_fd: bool = False) -> dict[str, Any]:
         assert self._control is not None
@@ -138,22 +142,3 @@ class Zygote:
         process.wait(10)
         if process.stderr is not None:
             process.stderr.close()
-
-
-def resolve(future: asyncio.Future[None]) -> None:
-    """Reader callback: the future is done, once."""
-    if not future.done():
-        future.set_result(None)
-
-
-async def wait_readable(sock: socket.socket, timeout_s: float, what: str) -> None:
-    """Return when `sock` can be read or is at its end.  Raises: DeadlineExceeded(what) after timeout_s."""
-    loop = asyncio.get_running_loop()
-    ready: asyncio.Future[None] = loop.create_future()
-    loop.add_reader(sock.fileno(), resolve, ready)
-    try:
-        await asyncio.wait_for(ready, timeout_s)
-    except asyncio.TimeoutError as exc:
-        raise DeadlineExceeded(f"{what} within {timeout_s:g} s") from exc
-    finally:
-        loop.remove_reader(sock.fileno())

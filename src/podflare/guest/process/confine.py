@@ -10,6 +10,7 @@ import fcntl
 import os
 import resource
 import socket
+import stat
 import struct
 import uuid
 
@@ -23,17 +24,21 @@ _MASKED_DIRS = ("acpi", "scsi")
 _READ_ONLY = ("bus", "fs", "irq", "sys", "sysrq-trigger")
 
 
+REPL_CAPABILITIES = (sc.CAP_SYS_CHROOT, sc.CAP_SYS_ADMIN)
+"""What setns(2) asks of a REPL that moves a fork of itself into another machine.  In the machine's user namespace
+only; the filter refuses all else that they would allow, and no exec passes them on (SECBIT_NOROOT)."""
+
+
 def enter_root(stage: StagePlan, plan: MachinePlan) -> None:
     """Mount the machine's root directory and make it the root.  Needs CAP_SYS_ADMIN over the mount namespace.
 
     Raises: OSError that names the mount; the caller exits, and its namespaces go with it.
     """
-    layers = f"/machines/{plan.id}"
-    _overlay("/skel", f"{layers}/root", _NEW)
+    _overlay("/skel", plan, "root", _NEW)
     for number, tree in enumerate(stage.trees):
         lower, target = f"/lower/{number}", _NEW + tree.target
         if tree.writable:
-            _overlay(lower, f"{layers}/tree{number}", target)
+            _overlay(lower, plan, f"tree{number}", target)
         else:
             sc.mount(lower, target, None, sc.MS_BIND | sc.MS_REC)
     for path in stage.hide:
@@ -49,12 +54,23 @@ def enter_root(stage: StagePlan, plan: MachinePlan) -> None:
     os.chdir(plan.home)
 
 
-def _overlay(lower: str, layer: str, target: str) -> None:
-    upper, work = f"{layer}/upper", f"{layer}/work"
+def _overlay(lower: str, plan: MachinePlan, name: str, target: str) -> None:
+    """The machine's own empty layer over those it was forked with over the template's."""
+    upper, work = (f"/machines/{plan.id}/{name}/{part}" for part in ("upper", "work"))
     os.makedirs(upper, 0o755)
     os.mkdir(work)
+    below = [f"/machines/{layer}/{name}/upper" for layer in plan.layers]
+    lowers = ":".join([path for path in below if os.path.isdir(path)] + [lower])
     # userxattr: in a user namespace overlayfs may only keep its marks in user.* attributes (kernel docs, overlayfs).
-    sc.mount("overlay", target, "overlay", _NO_SPECIAL, f"lowerdir={lower},upperdir={upper},workdir={work},userxattr")
+    sc.mount("overlay", target, "overlay", _NO_SPECIAL, f"lowerdir={lowers},upperdir={upper},workdir={work},userxattr")
+    if below:
+        # A new upper directory hides the owner and mode that the root of the layer below had.
+        _copy_status(lowers.partition(":")[0], target)
+
+
+def _copy_status(source: str, target: str) -> None:
+    status = os.stat(source)
+    os.chmod(target, stat.S_IMODE(status.st_mode))
 
 
 def _mount_proc(proc: str) -> None:
@@ -86,16 +102,24 @@ def set_identity(plan: MachinePlan) -> None:
         fcntl.ioctl(sock, 0x8914, struct.pack("16sH14x", b"lo", up_and_running))  # SIOCSIFFLAGS
 
 
-def give_up_privileges(plan: MachinePlan) -> None:
-    """The last step before the agent: no capability, now or by any exec, and only the allowed system calls."""
+def give_up_privileges(plan: MachinePlan, filters: "tuple[str, ...]") -> None:
+    """The last step before the agent: no effective capability, none by any exec, and only the allowed system calls.
+
+    The agent may still give REPL_CAPABILITIES to the REPLs that it forks (`empower_repl`).
+    """
     for kind, limit in plan.rlimits:
         lower_rlimit(kind, limit)
     sc.lock_secure_bits()  # needs CAP_SETPCAP: must come before the sets are emptied
     sc.empty_bounding_set()  # likewise
-    sc.set_capabilities(())
+    sc.set_capabilities(permitted=REPL_CAPABILITIES)
     sc.set_no_new_privs()
-    for program in plan.filters:
+    for program in filters:
         sc.load_seccomp_filter(bytes.fromhex(program))
+
+
+def empower_repl() -> None:
+    """In a new REPL: what it needs to fork itself into another machine."""
+    sc.set_capabilities(permitted=REPL_CAPABILITIES, effective=REPL_CAPABILITIES)
 
 
 def lower_rlimit(kind: int, limit: int) -> None:

@@ -1,8 +1,9 @@
-"""The family: first process of a sandbox's own user and PID namespace, ancestor of everything in it.
+"""The family: first process of a sandbox's own user and PID namespace, ancestor of it and of all its forks.
 
 Owns the namespaces: when it ends, for whatever reason, the kernel ends every process below it (pid_namespaces(7)).
-It runs no user code and reads nothing that user code wrote.  Its one duty after the agent runs: end when the
-daemon does (end of file on the control socket), and say how the agent ended.
+It runs no user code and reads nothing that user code wrote.  It makes machines as the daemon orders, over a
+SOCK_SEQPACKET socket: {"plans": [...], "nested": bool} with, if nested, a descriptor of the PID namespace below
+which the machines are to be, and then for each plan its birth descriptors.  It ends with that socket.
 """
 
 from __future__ import annotations
@@ -12,122 +13,199 @@ import os
 import selectors
 import signal
 import socket
-from typing import Dict, NoReturn
+from typing import Any, Callable, Dict, List, NoReturn, Optional
 
 from podflare.guest import agent
 from podflare.guest import syscalls as sc
 from podflare.guest.process import confine
-from podflare.wire.plan import MachinePlan, StagePlan
+from podflare.guest.process.capture import capture_layers
+from podflare.wire.plan import MachinePlan, StagePlan, machine_from_dict
 
-_NAMESPACES = sc.CLONE_NEWNS | sc.CLONE_NEWPID | sc.CLONE_NEWNET | sc.CLONE_NEWIPC | sc.CLONE_NEWUTS
-"""The cgroup namespace comes last: its root is the group in which its maker is at that moment."""
+MAX_ORDER_BYTES = 160 * 1024
+MAX_ORDER_FDS = 253
+"""SCM_MAX_FD, unix(7)."""
+
+_NAMESPACES = sc.CLONE_NEWNS | sc.CLONE_NEWNET | sc.CLONE_NEWIPC | sc.CLONE_NEWUTS
+"""What the agent makes for itself.  Its PID namespace must be made by its parent, and the cgroup namespace comes
+last: its root is the group in which its maker is at that moment."""
+_OWN_NAMESPACES = ("pid", "cgroup", "ipc", "uts", "net", "mnt")
+"""In the order of guest.branch.ChildFds."""
 
 
-class Fds:
-    """The descriptors that a machine is born with, in the order in which the zygote got them."""
+class Birth:
+    """What one machine is born with: its plan and descriptors, in the order of the daemon's packet."""
 
-    def __init__(self, fds: "list[int]") -> None:
-        self.channel, self.control, self.birth = fds[:3]
+    def __init__(self, plan: MachinePlan, fds: List[int]) -> None:
+        self.plan = plan
+        self.channel, self.birth, self.line = fds[:3]
         self.cgroups = fds[3:]
 
-    def all(self) -> "set[int]":
-        return {self.channel, self.control, self.birth, *self.cgroups}
+    def fds(self) -> List[int]:
+        return [self.channel, self.birth, self.line, *self.cgroups]
 
 
-def run_family(stage: StagePlan, plan: MachinePlan, fds: Fds) -> NoReturn:
+def run_family(stage: StagePlan, control_fd: int) -> NoReturn:
     """Main of the family process, pid 1 of its namespace."""
     try:
-        status = _live(stage, plan, fds)
-    except BaseException as exc:
-        _tell(fds.birth, {"error": f"family: {exc}"})
-        status = 1
-    os._exit(status)
+        close_other_fds({control_fd})
+        _serve(stage, socket.socket(fileno=control_fd))
+    finally:
+        os._exit(0)
 
 
-def _live(stage: StagePlan, plan: MachinePlan, fds: Fds) -> int:
-    close_other_fds(fds.all())
+def _serve(stage: StagePlan, control: socket.socket) -> None:
     wake_r, wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    helper = os.fork()
-    if helper == 0:
-        _run_helper(stage, plan, fds)
-    for fd in (fds.channel, fds.birth, *fds.cgroups):
-        os.close(fd)
-    control = socket.socket(fileno=fds.control)
-    control.setblocking(False)
     with selectors.DefaultSelector() as selector:
         selector.register(control, selectors.EVENT_READ)
         selector.register(wake_r, selectors.EVENT_READ)
         while True:
-            ready = [key.fileobj for key, _ in selector.select()]
-            # Nothing is ever sent to the family: a readable control socket means that the daemon is gone.
-            if control in ready:
-                return 0
-            _drain(wake_r)
-            ended = _reap()
-            ended.pop(helper, None)
-            if ended:  # the helper exits at once, so any other child is the agent
-                _tell(control.fileno(), {"agent_status": next(iter(ended.values()))})
-                return 0
+            for key, _ in selector.select():
+                if key.fileobj is not control:
+                    os.read(wake_r, 512)
+                    _reap()
+                    continue
+                data, fds, _, _ = socket.recv_fds(control, MAX_ORDER_BYTES, MAX_ORDER_FDS)
+                if not data:
+                    return  # the daemon is gone
+                try:
+                    order = json.loads(data)
+                    if "capture" in order:
+                        _capture(control, order)
+                    else:
+                        _make_machines(stage, order, fds)
+                finally:
+                    for fd in fds:
+                        os.close(fd)
 
 
-def _run_helper(stage: StagePlan, plan: MachinePlan, fds: Fds) -> NoReturn:
-    """A process just to make new namespaces, and the agent in them: a PID namespace applies to children only.
+def _capture(control: socket.socket, order: Dict[str, Any]) -> None:
+    """In a process of its own: copying may take long, and the family must hear when the daemon goes."""
+    if os.fork() == 0:
+        try:
+            answer: Dict[str, Any] = {"captured": order["to"], "error": None}
+            try:
+                capture_layers(f"/machines/{order['capture']}", f"/machines/{order['to']}")
+            except BaseException as exc:
+                answer["error"] = f"{type(exc).__name__}: {exc}"
+            _tell(control.fileno(), answer)
+        finally:
+            os._exit(0)
+
+
+def _make_machines(stage: StagePlan, order: Dict[str, Any], fds: List[int]) -> None:
+    plans = [machine_from_dict(body) for body in order["plans"]]
+    nested: Optional[int] = None
+    if order["nested"]:
+        nested, fds = fds[0], fds[1:]
+    each = len(fds) // len(plans)
+    births = [Birth(plan, fds[i * each : (i + 1) * each]) for i, plan in enumerate(plans)]
+    if os.fork() == 0:
+        _run_helper(stage, births, nested)
+
+
+def _run_helper(stage: StagePlan, births: List[Birth], nested: Optional[int]) -> NoReturn:
+    """A process just to make new namespaces and the agents in them: a PID namespace applies to children only.
 
     Joining a control group can wait many milliseconds for the kernel (cgroup_threadgroup_rwsem), so this process
-    moves the agent while the agent mounts its root.
+    moves the agents while they mount their roots.
     """
     try:
-        placed_r, placed_w = os.pipe2(os.O_CLOEXEC)
-        sc.unshare(_NAMESPACES)
-        pid = os.fork()
-        if pid == 0:
-            os.close(placed_w)
-            _run_agent(stage, plan, fds, placed_r)
-        for fd in fds.cgroups:
-            os.write(fd, str(pid).encode())  # permission was checked when the daemon opened the file
-        os.write(placed_w, b".")
+        signal.set_wakeup_fd(-1)
+        if nested is not None:
+            sc.setns(nested, sc.CLONE_NEWPID)
+            if os.fork() != 0:
+                os._exit(0)
+        own_pid_ns = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+        placed = []
+        for number, birth in enumerate(births):
+            if number:
+                # A process whose children already go elsewhere cannot make another PID namespace.
+                sc.setns(own_pid_ns, sc.CLONE_NEWPID)
+            placed_r, placed_w = os.pipe2(os.O_CLOEXEC)
+            sc.unshare(sc.CLONE_NEWPID)
+            pid = os.fork()
+            if pid == 0:
+                _run_agent(stage, birth, placed_r, adopts=nested is not None)
+            placed.append((birth, pid, placed_w))
+        for birth, pid, placed_w in placed:
+            for fd in birth.cgroups:
+                os.write(fd, str(pid).encode())  # permission was checked when the daemon opened the file
+            os.write(placed_w, b".")
         os._exit(0)
     except BaseException as exc:
-        _tell(fds.birth, {"error": f"new namespaces: {exc}"})
+        for birth in births:
+            _tell(birth.birth, {"error": f"new namespaces: {exc}"})
         os._exit(1)
 
 
-def _run_agent(stage: StagePlan, plan: MachinePlan, fds: Fds, placed: int) -> NoReturn:
+def _run_agent(stage: StagePlan, birth: Birth, placed: int, *, adopts: bool) -> NoReturn:
     """Pid 1 of the sandbox: confine itself, let the daemon look at the result, then serve."""
     try:
-        signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
         os.umask(0o022)
-        close_other_fds({fds.channel, fds.birth, placed})
-        confine.enter_root(stage, plan)
-        confine.set_identity(plan)
+        close_other_fds({birth.channel, birth.birth, birth.line, placed})
+        sc.unshare(_NAMESPACES)
+        namespaces = _own_namespaces() if adopts else []
+        confine.enter_root(stage, birth.plan)
+        confine.set_identity(birth.plan)
         if os.read(placed, 1) != b".":
             raise OSError("the control groups could not be joined")
         os.close(placed)
         sc.unshare(sc.CLONE_NEWCGROUP)
-        confine.give_up_privileges(plan)
+        if adopts:
+            namespaces.insert(1, os.open("/proc/self/ns/cgroup", os.O_RDONLY | os.O_CLOEXEC))
+        confine.give_up_privileges(birth.plan, stage.filters)
         # The daemon checks namespaces, capabilities and filter from outside before it lets the agent go on.
-        with socket.socket(fileno=fds.birth) as birth:
-            birth.send(json.dumps({"confined": True}).encode())
-            if birth.recv(16) != b"go":
-                os._exit(1)
+        _tell(birth.birth, {"confined": True})
+        if os.read(birth.birth, 16) != b"go":
+            os._exit(1)
     except BaseException as exc:
-        _tell(fds.birth, {"error": f"confinement: {exc}"})
+        _tell(birth.birth, {"error": f"confinement: {exc}"})
         os._exit(1)
+    if not adopts:
+        os.close(birth.birth)
     # User code has the agent's user id; only this keeps it away from the agent's memory (ptrace(2), access checks).
     sc.set_dumpable(False)
+    agent.run(
+        socket.socket(fileno=birth.channel),
+        home=birth.plan.home,
+        before_repl=_repl_preparation(birth.plan),
+        fork_line=birth.line,
+        hand_over=_handing_over(birth, namespaces) if adopts else None,
+    )
 
+
+def _own_namespaces() -> List[int]:
+    """Descriptors of the namespaces of this process, but the cgroup one, which is made later."""
+    names = [name for name in _OWN_NAMESPACES if name != "cgroup"]
+    return [os.open(f"/proc/self/ns/{name}", os.O_RDONLY | os.O_CLOEXEC) for name in names]
+
+
+def _repl_preparation(plan: MachinePlan) -> Callable[[], None]:
     def before_repl() -> None:
         sc.set_dumpable(True)  # /proc/self and /dev/fd are the REPL's own
+        confine.empower_repl()
         with open("/proc/self/oom_score_adj", "w") as file:
             file.write("500")  # out of memory: the REPL goes before the agent
         for kind, limit in plan.repl_rlimits:
             confine.lower_rlimit(kind, limit)
 
-    agent.run(socket.socket(fileno=fds.channel), home=plan.home, before_repl=before_repl)
+    return before_repl
+
+
+def _handing_over(birth: Birth, namespaces: List[int]) -> Callable[[List[int]], None]:
+    """Passes a machine's namespaces and its REPL's descriptors to the daemon, for the REPL that is to come."""
+
+    def hand_over(fds: List[int]) -> None:
+        with socket.socket(fileno=birth.birth) as sock:
+            socket.send_fds(sock, [b'{"handed": true}'], [*namespaces, *fds, birth.line])
+        for fd in namespaces:
+            os.close(fd)
+
+    return hand_over
 
 
 def close_other_fds(keep: "set[int]") -> None:
@@ -141,27 +219,16 @@ def close_other_fds(keep: "set[int]") -> None:
                 pass  # the descriptor of the listing itself
 
 
-def _reap() -> "Dict[int, int]":
-    ended: Dict[int, int] = {}
+def _reap() -> None:
     while True:
         try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                return
         except ChildProcessError:
-            return ended
-        if pid == 0:
-            return ended
-        ended[pid] = status
+            return
 
 
-def _drain(fd: int) -> None:
-    try:
-        while os.read(fd, 512):
-            pass
-    except BlockingIOError:
-        pass
-
-
-def _tell(fd: int, message: "Dict[str, object]") -> None:
+def _tell(fd: int, message: Dict[str, object]) -> None:
     try:
         os.write(fd, json.dumps(message).encode()[:8192])
     except OSError:

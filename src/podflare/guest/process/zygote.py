@@ -1,7 +1,7 @@
-"""The zygote: a warm, single-threaded interpreter on its stage, that forks one family per machine.
+"""The zygote: a warm, single-threaded interpreter on its stage, that forks one family per sandbox.
 
-Speaks with the daemon over one SOCK_SEQPACKET socket: a StagePlan first, then one MachinePlan a packet with the
-machine's descriptors, each answered by {"ok", "pidfd": sent along} or {"error"}.  It ends with that socket.
+Speaks with the daemon over one SOCK_SEQPACKET socket: a StagePlan first, then for each family a packet with its
+control socket, answered by {"ok"} and a pidfd or {"error"}.  It ends with that socket.
 User code never runs in it, so whatever it has imported is what every new machine starts with.
 """
 
@@ -23,7 +23,6 @@ from podflare.guest.process import family, stage
 from podflare.wire import plan as plans
 
 MAX_PACKET_BYTES = 192 * 1024
-MAX_FDS = 16
 
 
 def main(argv: List[str]) -> NoReturn:
@@ -63,18 +62,18 @@ def _serve(control: socket.socket, plan: plans.StagePlan) -> None:
         while True:
             for key, _ in selector.select():
                 if key.fileobj is control:
-                    data, fds, _, _ = socket.recv_fds(control, MAX_PACKET_BYTES, MAX_FDS)
+                    data, fds, _, _ = socket.recv_fds(control, MAX_PACKET_BYTES, 1)
                     if not data:
                         return
-                    _handle(control, plan, data, fds)
+                    _handle(control, plan, fds)
                 else:
                     os.read(wake_r, 512)
                     _reap()
 
 
-def _handle(control: socket.socket, plan: plans.StagePlan, data: bytes, fds: List[int]) -> None:
+def _handle(control: socket.socket, plan: plans.StagePlan, fds: List[int]) -> None:
     try:
-        pid = _start_family(plan, plans.machine_from_json(data), family.Fds(fds))
+        pid = _start_family(plan, fds[0])
         # Opened before the family can be reaped (only _reap does), so it cannot be another process.
         pidfd = os.pidfd_open(pid)
         try:
@@ -88,7 +87,7 @@ def _handle(control: socket.socket, plan: plans.StagePlan, data: bytes, fds: Lis
             os.close(fd)
 
 
-def _start_family(plan: plans.StagePlan, machine: plans.MachinePlan, fds: family.Fds) -> int:
+def _start_family(plan: plans.StagePlan, family_control: int) -> int:
     """Pid of a new family, which already runs.
 
     A middle process makes the namespaces and forks the family into them; it needs this process, outside of its
@@ -101,7 +100,7 @@ def _start_family(plan: plans.StagePlan, machine: plans.MachinePlan, fds: family
         # Held open here they would hide each other's end.
         os.close(to_parent_r)
         os.close(to_child_w)
-        _run_middle(plan, machine, fds, to_child_r, to_parent_w)
+        _run_middle(plan, family_control, to_child_r, to_parent_w)
     try:
         os.close(to_parent_w)
         os.close(to_child_r)
@@ -124,9 +123,7 @@ def _receive(fd: int) -> Tuple[str, str]:
     return (word, detail) if word in ("unshared", "family") else (f"{word} {detail}".strip(), "")
 
 
-def _run_middle(
-    plan: plans.StagePlan, machine: plans.MachinePlan, fds: family.Fds, from_parent: int, to_parent: int
-) -> NoReturn:
+def _run_middle(plan: plans.StagePlan, family_control: int, from_parent: int, to_parent: int) -> NoReturn:
     try:
         signal.set_wakeup_fd(-1)
         sc.unshare(sc.CLONE_NEWUSER)
@@ -140,7 +137,7 @@ def _run_middle(
         sc.unshare(sc.CLONE_NEWPID)
         pid = os.fork()
         if pid == 0:
-            family.run_family(plan, machine, fds)
+            family.run_family(plan, family_control)
         os.write(to_parent, f"family {pid}".encode())
         os._exit(0)
     except BaseException as exc:

@@ -1,0 +1,83 @@
+"""Host side of a family: the processes that share one user namespace, a sandbox and all its forks."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+from typing import Any
+
+from podflare.engines.process.waiting import resolve, wait_readable
+from podflare.errors import MachineFailed
+from podflare.wire.plan import MachinePlan, machine_to_dict
+
+END_TIMEOUT_S = 10.0
+CAPTURE_TIMEOUT_S = 120.0
+MAX_ANSWER_BYTES = 64 * 1024
+
+
+class Family:
+    """One family process.  Ended by `aclose`, and with it every machine of the family."""
+
+    def __init__(self, control: socket.socket, pidfd: int) -> None:
+        self._control = control
+        self._pidfd = pidfd
+        self._lock = asyncio.Lock()
+        self.members = 0
+        """Machines that were born and not removed yet; whoever takes the last one away closes the family."""
+
+    def order_machines(self, plans: list[MachinePlan], fds: list[int], *, below: int | None) -> None:
+        """Have machines made; each reports on its own birth socket.
+
+        Args:
+            fds: for each plan its birth descriptors (guest/process/family.Birth).
+            below: descriptor of the PID namespace below which they are to be; None for the family's own.
+        Raises: MachineFailed if the family is gone.
+        """
+        body = {"plans": [machine_to_dict(plan) for plan in plans], "nested": below is not None}
+        self._send(body, ([] if below is None else [below]) + fds)
+
+    async def capture(self, machine: str, layer: str) -> None:
+        """Copy the writable layers of a running machine to a new layer.
+
+        Raises: MachineFailed; the caller removes what was copied.
+        """
+        async with self._lock:
+            self._send({"capture": machine, "to": layer}, [])
+            await wait_readable(self._control, CAPTURE_TIMEOUT_S, "the files of the sandbox were not copied")
+            data = self._control.recv(MAX_ANSWER_BYTES)
+        answer: dict[str, Any] = json.loads(data) if data else {"error": "the family ended"}
+        if answer["error"]:
+            raise MachineFailed(f"the files of the sandbox could not be copied: {answer['error']}")
+
+    def _send(self, body: dict[str, Any], fds: list[int]) -> None:
+        try:
+            socket.send_fds(self._control, [json.dumps(body).encode()], fds)
+        except OSError as exc:
+            raise MachineFailed(f"the sandbox's family cannot be reached: {exc}") from exc
+
+    async def aclose(self) -> None:
+        """SIGKILL the family and wait: the kernel ends all below it first (pid_namespaces(7)).  Idempotent."""
+        self._control.close()
+        pidfd, self._pidfd = self._pidfd, -1
+        if pidfd >= 0:
+            await end_process(pidfd)
+
+
+async def end_process(pidfd: int) -> None:
+    """SIGKILL the process, wait for its end, close the pidfd."""
+    loop = asyncio.get_running_loop()
+    gone: asyncio.Future[None] = loop.create_future()
+    loop.add_reader(pidfd, resolve, gone)
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        await asyncio.wait_for(gone, END_TIMEOUT_S)
+    except ProcessLookupError:
+        pass
+    except asyncio.TimeoutError:
+        pass  # in uninterruptible sleep; the kernel ends it when the device answers
+    finally:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)

@@ -1,0 +1,168 @@
+"""Fork of a running machine: shells are made for the children, the REPL forks itself into them, each is checked.
+
+All or nothing: if one child does not come to life, none does, and the parent is as it was.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import json
+import os
+import socket
+import struct
+from typing import Any
+
+from podflare.engines.base import MachineSpec
+from podflare.engines.process import check
+from podflare.engines.process.birth import (
+    STEP_TIMEOUT_S,
+    Nursery,
+    Unborn,
+    make_directory,
+    prepare,
+    receive_confined,
+    receive_with_pid,
+    send_order,
+)
+from podflare.engines.process.layers import Layers
+from podflare.engines.process.machine import ProcessMachine, end_parts, remove_tree
+from podflare.engines.process.plan import plan_machine
+from podflare.engines.process.waiting import wait_readable
+from podflare.errors import MachineFailed
+
+HANDED_FDS = 10
+"""Six namespaces, control, stdout, stderr, fork line (guest/branch.ChildFds)."""
+MAX_REPORT_NAMES = 64
+REPL_FORK_TIMEOUT_S = 10.0
+"""For the fork itself in the REPL; hooks of user code run in it."""
+
+
+async def fork_machine(
+    nursery: Nursery, layers: Layers, parent: ProcessMachine, hostnames: list[str], *, reseed: bool
+) -> list[ProcessMachine]:
+    """Children of `parent`, one for each host name, ready for their first cell.
+
+    Precondition: no cell runs in the parent.
+    Raises: MachineFailed, IsolationIncomplete, DeadlineExceeded; then no child exists.
+    If cancelled: no child exists.
+    """
+    unborn: list[Unborn] = []
+    layer = layers.new()
+    below = (layer, *parent.parts.layers)
+    layers.retain(below)  # one user is this call itself
+    try:
+        make_directory(nursery, layers.path(layer))
+        for hostname in hostnames:
+            unborn.append(_prepare_child(nursery, layers, parent, hostname, below))
+        # Both wait for the kernel, in different ways.
+        warming = warm_up(parent)
+        await parent.parts.family.capture(parent.id, layer)
+        await warming
+        plans = [plan_machine(one.id, one.spec, cgroup_walls=nursery.cgroups.walls, layers=below) for one in unborn]
+        send_order(unborn, plans, parent.parts.family, below=parent.parts.pid_namespace)
+        children = list(await asyncio.gather(*(receive_confined(nursery, one) for one in unborn)))
+        await _fork_repl(nursery, parent, children, reseed=reseed)
+        for child in children:
+            child.parts.birth.close()
+    except BaseException:
+        await asyncio.shield(_undo(layers, unborn))
+        raise
+    finally:
+        await asyncio.shield(layers.release(below))
+    return children
+
+
+def _prepare_child(
+    nursery: Nursery, layers: Layers, parent: ProcessMachine, hostname: str, below: tuple[str, ...]
+) -> Unborn:
+    spec = MachineSpec(parent.spec.template, parent.spec.limits, hostname)
+    unborn = prepare(nursery, spec, parent.parts.family, below)
+    layers.retain(below)  # given back when the child's parts are ended
+    return unborn
+
+
+def warm_up(parent: ProcessMachine) -> asyncio.Future[None]:
+    """Pay the first of many moves between control groups early: it waits for an RCU grace period, the next do not."""
+    loop = asyncio.get_running_loop()
+    group = parent.parts.cgroup
+    if group is None:
+        done: asyncio.Future[None] = loop.create_future()
+        done.set_result(None)
+        return done
+    return loop.run_in_executor(None, group.move, parent.agent_pid)
+
+
+async def _undo(layers: Layers, unborn: list[Unborn]) -> None:
+    for one in unborn:
+        for sock in one.theirs:
+            sock.close()
+        await end_parts(one.parts)
+        await asyncio.get_running_loop().run_in_executor(None, remove_tree, one.parts.directory)
+        await layers.release(one.parts.layers)
+
+
+async def _fork_repl(nursery: Nursery, parent: ProcessMachine, children: list[ProcessMachine], *, reseed: bool) -> None:
+    line = parent.parts.line
+    for number, child in enumerate(children):
+        fds = await _receive_handed(child)
+        try:
+            socket.send_fds(line, [json.dumps({"child": number}).encode()], fds)
+        except OSError as exc:
+            raise MachineFailed(f"the sandbox's Python process cannot be reached: {exc}") from exc
+        finally:
+            for fd in fds:
+                os.close(fd)
+    line.send(json.dumps({"fork": len(children), "reseed": reseed, "timeout_s": REPL_FORK_TIMEOUT_S}).encode())
+    await wait_readable(line, STEP_TIMEOUT_S, "the sandbox's Python process did not fork")
+    answer, _ = receive_with_pid(line, "the sandbox's Python process is gone")
+    if answer.get("forked") is not True:
+        raise MachineFailed(f"the sandbox's Python process could not fork: {str(answer.get('why'))[:500]}")
+    await asyncio.gather(*(_receive_repl(nursery, child) for child in children))
+
+
+async def _receive_handed(child: ProcessMachine) -> list[int]:
+    """The descriptors that the child's REPL-to-be needs, from the child's agent."""
+    await wait_readable(child.parts.birth, STEP_TIMEOUT_S, "a new machine did not hand over its namespaces")
+    fds = array.array("i")
+    # Not recv_fds: the credentials that come along (SO_PASSCRED) need room, too.
+    space = socket.CMSG_SPACE(HANDED_FDS * fds.itemsize) + socket.CMSG_SPACE(struct.calcsize("3i"))
+    _, ancillary, _, _ = child.parts.birth.recvmsg(4096, space)
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+    if len(fds) != HANDED_FDS:
+        for fd in fds:
+            os.close(fd)
+        raise MachineFailed("a new machine handed over no namespaces")
+    return list(fds)
+
+
+async def _receive_repl(nursery: Nursery, child: ProcessMachine) -> None:
+    """Wait for the forked REPL in its machine, check it, give it its control group, let it go."""
+    parts = child.parts
+    await wait_readable(parts.line, STEP_TIMEOUT_S, "the forked Python process did not report")
+    message, pid = receive_with_pid(parts.line, "the forked Python process died on its way")
+    check.check_repl(pid, namespaces=parts.namespaces, filters=nursery.filters)
+    if parts.cgroup is not None:
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, parts.cgroup.move, pid)
+        except OSError as exc:
+            raise MachineFailed(f"the forked Python process could not be put under its limits: {exc}") from exc
+    child.fork_report = clean_report(message.get("born"))
+    parts.line.send(b"go")
+    await wait_readable(parts.channel, STEP_TIMEOUT_S, "the guest of the forked machine did not start")
+
+
+def clean_report(report: object) -> dict[str, Any]:
+    """What a forked REPL says it lost, reduced to the known keys and sane values: user code may have written it."""
+    cleaned: dict[str, Any] = {"threads": [], "processes": 0, "sockets": 0, "pipes": 0, "terminals": 0}
+    if isinstance(report, dict):
+        names = report.get("threads")
+        if isinstance(names, list):
+            cleaned["threads"] = [str(name)[:100] for name in names[:MAX_REPORT_NAMES]]
+        for key in ("processes", "sockets", "pipes", "terminals"):
+            value = report.get(key)
+            if isinstance(value, int) and 0 <= value < 1 << 20:
+                cleaned[key] = value
+    return cleaned

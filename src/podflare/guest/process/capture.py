@@ -1,0 +1,150 @@
+"""Copies a machine's writable layers while it runs: the read-only layer that its forks stack below their own.
+
+Runs in a process of the family, on its stage.  User code may change the source meanwhile, so every step goes from
+a directory descriptor to a name in it and follows no link.  What vanishes or changes kind on the way is left out.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from typing import Dict, List, Tuple
+
+MAX_DEPTH = 256
+"""Deeper directories are refused: each level holds two descriptors open."""
+_FICLONE = 0x40049409
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_GONE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENXIO)
+_CHUNK = 1 << 30
+
+
+def capture_layers(source: str, target: str) -> None:
+    """Copy `source`/<name>/upper to `target`/<name>/upper for each overlay of a machine.
+
+    Raises: OSError; what was copied so far is the caller's to remove.
+    """
+    for name in os.listdir(source):
+        os.makedirs(f"{target}/{name}", 0o755)
+        os.mkdir(f"{target}/{name}/upper", 0o755)
+        copy = _Copy(f"{target}/{name}/upper")
+        folder = os.open(f"{source}/{name}/upper", _DIRECTORY)
+        try:
+            copy.directory(folder, copy.root, "", 0)
+        finally:
+            os.close(folder)
+            os.close(copy.root)
+
+
+class _Copy:
+    """One tree on its way."""
+
+    def __init__(self, target: str) -> None:
+        self.root = os.open(target, _DIRECTORY)
+        self._linked: Dict[Tuple[int, int], str] = {}
+
+    def directory(self, source: int, target: int, path: str, depth: int) -> None:
+        """Copy the content of one directory, then its own attributes."""
+        if depth > MAX_DEPTH:
+            raise OSError(errno.ENAMETOOLONG, f"directories nested deeper than {MAX_DEPTH}: {path[:200]}")
+        for name in os.listdir(source):
+            try:
+                self._entry(source, target, name, f"{path}/{name}", depth)
+            except OSError as exc:
+                if exc.errno not in _GONE:
+                    raise
+        _copy_attributes(source, target, os.fstat(source))
+
+    def _entry(self, source: int, target: int, name: str, path: str, depth: int) -> None:
+        status = os.stat(name, dir_fd=source, follow_symlinks=False)
+        if stat.S_ISDIR(status.st_mode):
+            theirs = os.open(name, _DIRECTORY, dir_fd=source)
+            try:
+                os.mkdir(name, 0o700, dir_fd=target)
+                ours = os.open(name, _DIRECTORY, dir_fd=target)
+                try:
+                    self.directory(theirs, ours, path, depth + 1)
+                finally:
+                    os.close(ours)
+            finally:
+                os.close(theirs)
+            return
+        key = (status.st_dev, status.st_ino)
+        if key in self._linked:
+            os.link(self._linked[key], name, src_dir_fd=self.root, dst_dir_fd=target, follow_symlinks=False)
+            return
+        if stat.S_ISREG(status.st_mode):
+            self._file(source, target, name)
+        elif stat.S_ISLNK(status.st_mode):
+            os.symlink(os.readlink(name, dir_fd=source), name, dir_fd=target)
+            os.chown(name, status.st_uid, status.st_gid, dir_fd=target, follow_symlinks=False)
+            os.utime(name, ns=(status.st_atime_ns, status.st_mtime_ns), dir_fd=target, follow_symlinks=False)
+        elif stat.S_ISFIFO(status.st_mode) or (stat.S_ISCHR(status.st_mode) and status.st_rdev == 0):
+            # A device 0:0 is overlayfs's mark of a deleted name (whiteout).
+            os.mknod(name, status.st_mode, 0, dir_fd=target)
+            os.chown(name, status.st_uid, status.st_gid, dir_fd=target, follow_symlinks=False)
+        else:
+            return  # a socket: its listener stays with the parent
+        if status.st_nlink > 1:
+            self._linked[key] = path.lstrip("/")
+
+    def _file(self, source: int, target: int, name: str) -> None:
+        theirs = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=source)
+        try:
+            status = os.fstat(theirs)
+            if not stat.S_ISREG(status.st_mode):
+                return  # replaced since it was looked at
+            ours = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=target)
+            try:
+                _copy_content(theirs, ours, status.st_size)
+                _copy_attributes(theirs, ours, status)
+            finally:
+                os.close(ours)
+        finally:
+            os.close(theirs)
+
+
+def _copy_content(source: int, target: int, size: int) -> None:
+    if not size:
+        return
+    try:
+        fcntl.ioctl(target, _FICLONE, source)  # shares the blocks, where the file system can
+        return
+    except OSError:
+        pass
+    os.ftruncate(target, size)
+    offset = 0
+    while offset < size:
+        try:
+            start = os.lseek(source, offset, os.SEEK_DATA)
+        except OSError as exc:
+            if exc.errno == errno.ENXIO:
+                return  # a hole up to the end
+            raise
+        end = min(os.lseek(source, start, os.SEEK_HOLE), size)
+        while start < end:
+            count = os.copy_file_range(source, target, min(end - start, _CHUNK), start, start)
+            if not count:
+                return  # made shorter meanwhile
+            start += count
+        offset = end
+
+
+def _copy_attributes(source: int, target: int, status: os.stat_result) -> None:
+    """Owner, mode, extended attributes (overlayfs keeps its marks there), times; in an order that works."""
+    os.fchown(target, status.st_uid, status.st_gid)
+    os.fchmod(target, stat.S_IMODE(status.st_mode))
+    for key in _attributes(source):
+        try:
+            os.setxattr(target, key, os.getxattr(source, key))
+        except OSError:
+            pass  # not ours to set (security.*), or gone
+    os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def _attributes(fd: int) -> List[str]:
+    try:
+        return os.listxattr(fd)
+    except OSError:
+        return []
