@@ -19,7 +19,7 @@ Wall = Literal[
     "cgroup_namespace",
     "private_root",
     "seccomp",
-    "no_capabilities",
+    "dropped_capabilities",
     "no_new_privileges",
     "separate_uid",
     "memory_limit",

@@ -76,7 +76,7 @@ def check_confinement(pid: int, *, filters: int, root: bool, cgroup: Cgroup | No
         demand(wall, ours != theirs, f"{name} namespace is the daemon's")
     sets = {key: int(status[key], 16) for key in ("CapInh", "CapEff", "CapBnd", "CapAmb", "CapPrm")}
     may = sets.pop("CapPrm") & ~REPL_CAPABILITIES  # which the agent gives to REPLs, and uses for nothing itself
-    demand("no_capabilities", not may and not any(sets.values()), str(sets))
+    demand("dropped_capabilities", not may and not any(sets.values()), str(sets))
     demand("no_new_privileges", status.get("NoNewPrivs") == "1", "NoNewPrivs is off")
     loaded = (status.get("Seccomp"), status.get("Seccomp_filters", str(filters)))
     demand("seccomp", loaded == ("2", str(filters)), f"mode and filters are {loaded}")
