@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import quote, urlencode
 
-from podflare.client._types import INCOMPLETE, CellError, Event, ExecResult, Result
+from podflare.client._types import INCOMPLETE, CellError, Diff, Event, ExecResult, PathChange, Result
 from podflare.errors import BadRequest, ProtocolError
 from podflare.wire import events
-from podflare.wire.api import SandboxInfo
+from podflare.wire.api import MAX_FORKS, ForkReport, SandboxInfo
 from podflare.wire.codec import encode_object
 
 MAX_LINE_BYTES = 256 * 1024 * 1024
 """Cap of one NDJSON line: far above what a daemon sends, and a bound on what a broken one can make us keep."""
-MAX_FORKS = 32
 
 
 @dataclass(frozen=True)
@@ -86,10 +85,14 @@ def execute(sandbox_id: str, code: str, language: str, timeout_s: float | None) 
         raise TypeError(f"code must be a str, got {type(code).__name__}")
     body: dict[str, Any] = {"code": code, "language": language}
     if timeout_s is not None:
-        if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not timeout_s > 0:
-            raise BadRequest(f"timeout must be a positive number of seconds, got {timeout_s!r:.80}")
-        body["timeout_seconds"] = timeout_s
+        body["timeout_seconds"] = _seconds(timeout_s)
     return Call("POST", _sandbox_path(sandbox_id, "/exec"), "run_code", sandbox_id, body=_json_body(body))
+
+
+def _seconds(timeout_s: object) -> float:
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not timeout_s > 0:
+        raise BadRequest(f"timeout must be a positive number of seconds, got {timeout_s!r:.80}")
+    return timeout_s
 
 
 def interrupt(sandbox_id: str, cell_id: str | None) -> Call:
@@ -123,11 +126,19 @@ def _file_path(sandbox_id: str, remote_path: str) -> str:
     return _sandbox_path(sandbox_id, "/files?path=" + quote(remote_path, safe="", errors="surrogateescape"))
 
 
-def fork(sandbox_id: str, n: int) -> Call:
-    """Raises: ValueError (BadRequest) if n is not in 1..32."""
+def fork(sandbox_id: str, n: int, reseed: bool, timeout_s: float | None) -> Call:
+    """Not repeatable: a fork whose answer is lost may have been made.
+
+    Raises: ValueError (BadRequest) if n is not in 1..32 or the timeout is not a positive number.
+    """
     if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= MAX_FORKS:
         raise BadRequest(f"fork(n): n must be an integer from 1 to {MAX_FORKS}, got {n!r:.80}")
-    return Call("POST", _sandbox_path(sandbox_id, "/fork"), "fork", sandbox_id, body=_json_body({"n": n}))
+    body: dict[str, Any] = {"n": n}
+    if not reseed:
+        body["reseed"] = False
+    if timeout_s is not None:
+        body["timeout_seconds"] = _seconds(timeout_s)
+    return Call("POST", _sandbox_path(sandbox_id, "/fork"), "fork", sandbox_id, body=_json_body(body))
 
 
 def merge(parent_id: str, winner_id: str) -> Call:
@@ -136,6 +147,24 @@ def merge(parent_id: str, winner_id: str) -> Call:
         raise BadRequest(f"merge_into: {parent_id} cannot be merged into itself")
     rest = f"/merge_into/{quote(winner_id, safe='')}"
     return Call("POST", _sandbox_path(parent_id, rest), "merge_into", parent_id)
+
+
+def diff(sandbox_id: str, other_id: str, paths: Iterable[str] | None, detail: bool) -> Call:
+    """Raises: TypeError if `paths` is not a list of str; BadRequest if it is empty."""
+    query: list[tuple[str, str]] = []
+    if paths is not None:
+        listed = [] if isinstance(paths, str) else list(paths)
+        if isinstance(paths, str) or not all(isinstance(path, str) for path in listed):
+            raise TypeError(f"diff: paths must be a list of str, got {paths!r:.80}")
+        if not listed:
+            raise BadRequest("diff: paths must name at least one directory or file, or be None")
+        query += [("paths", path) for path in listed]
+    if detail:
+        query.append(("detail", "true"))
+    rest = f"/diff/{quote(other_id, safe='')}"
+    if query:
+        rest += "?" + urlencode(query, errors="surrogateescape")
+    return Call("GET", _sandbox_path(sandbox_id, rest), "diff", sandbox_id, repeatable=True)
 
 
 def resume(space_id: str, options: Mapping[str, Any]) -> Call:
@@ -166,11 +195,38 @@ def parse_created(call: Call, body: bytes) -> dict[str, Any]:
     return value
 
 
-def parse_children(call: Call, body: bytes) -> list[str]:
+def parse_children(call: Call, body: bytes, n: int) -> list[str]:
+    """Raises: ProtocolError if these are not n ids."""
     children = parse_object(call, body).get("children")
-    if not isinstance(children, list) or not all(isinstance(child, str) for child in children):
-        raise ProtocolError(f"{call.what}: the answer has no list of children")
-    return children
+    if not _is_texts(children) or len(children) != n:
+        raise ProtocolError(f"{call.what}: the answer has no list of {n} children")
+    return list(children)
+
+
+def parse_diff(call: Call, body: bytes) -> Diff:
+    """Raises: ProtocolError if one of the three lists is missing.  Odd details are left out."""
+    value = parse_object(call, body)
+    added, removed, modified = (value.get(key) for key in ("added", "removed", "modified"))
+    if not (_is_texts(added) and _is_texts(removed) and _is_texts(modified)):
+        raise ProtocolError(f"{call.what}: the answer has no lists of added, removed and modified paths")
+    found = Diff(added=sorted(added), removed=sorted(removed), modified=sorted(modified))
+    detail = value.get("detail")
+    if isinstance(detail, dict):
+        found["detail"] = {path: _path_change(entry) for path, entry in detail.items() if isinstance(entry, dict)}
+    return found
+
+
+def _path_change(entry: Mapping[str, Any]) -> PathChange:
+    sizes = (entry.get("size_before"), entry.get("size_after"))
+    before, after = (size if isinstance(size, int) else None for size in sizes)
+    change = PathChange(kind=str(entry.get("kind", "")), size_before=before, size_after=after)
+    if isinstance(entry.get("patch"), str):
+        change["patch"] = entry["patch"]
+    return change
+
+
+def _is_texts(value: Any) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def parse_info(value: Mapping[str, Any]) -> SandboxInfo:
@@ -198,7 +254,19 @@ def parse_info(value: Mapping[str, Any]) -> SandboxInfo:
         created_at_ms=whole("created_at_ms"),
         metadata=dict(metadata) if isinstance(metadata, dict) else {},
         warnings=parse_texts(value.get("warnings")),
+        parent_id=value["parent_id"] if isinstance(value.get("parent_id"), str) else None,
+        generation=whole("generation"),
+        children=parse_texts(value.get("children")),
+        fork_report=_fork_report(value.get("fork_report")),
     )
+
+
+def _fork_report(value: Any) -> ForkReport | None:
+    if not isinstance(value, dict):
+        return None
+    counts = {key: value.get(key) for key in ("processes", "sockets", "pipes", "terminals")}
+    known = {key: count for key, count in counts.items() if isinstance(count, int)}
+    return ForkReport(threads=parse_texts(value.get("threads")), **known)
 
 
 def parse_texts(value: Any) -> tuple[str, ...]:

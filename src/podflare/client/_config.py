@@ -25,6 +25,9 @@ READ_TIMEOUT_S = 30.0
 WRITE_TIMEOUT_S = 10.0
 POOL_TIMEOUT_S = 30.0
 FORK_TIMEOUT_S = 60.0
+"""Of fork, merge_into and diff, which wait for running cells and have no heartbeat."""
+FORK_ANSWER_S = 10.0
+"""How much later than its own time limit a fork's answer may come."""
 
 _UNIX = "unix:"
 

@@ -168,9 +168,9 @@ def from_httpx(
     return error
 
 
-def closed_here(what: str, sandbox_id: str) -> PodflareError:
-    """The 404 that the daemon would answer for a sandbox that this object has closed, without asking it."""
-    text = f"sandbox {sandbox_id} was closed by this program"
+def ended_here(what: str, sandbox_id: str, how: str) -> PodflareError:
+    """The 404 that the daemon would answer for a sandbox that this program has ended, without asking it."""
+    text = f"sandbox {sandbox_id} {how}"
     body = json.dumps({"error": text, "code": SandboxNotFound.code}).encode()
     request = httpx.Request("GET", f"http://localhost/v1/sandboxes/{sandbox_id}")
     response = httpx.Response(404, content=body, request=request)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from podflare.wire.events import Event
 
-__all__ = ["CellError", "Event", "ExecResult", "Language", "PtySessionInfo", "Result"]
+__all__ = ["CellError", "Diff", "Event", "ExecResult", "Language", "PathChange", "PtySessionInfo", "Result"]
 
 Language = Literal["python", "bash"]
 
@@ -90,3 +90,29 @@ class PtySessionInfo:
     cmd_label: str
     created_at_ms: int
     exit_code: int | None = None
+
+
+class _ChangeKeys(TypedDict):
+    kind: str
+    size_before: int | None
+    size_after: int | None
+
+
+class PathChange(_ChangeKeys, total=False):
+    """How one path differs between two sandboxes; a size is None on the side where the path is not."""
+
+    patch: str
+    """The change as a unified diff, for text."""
+
+
+class _DiffKeys(TypedDict):
+    added: list[str]
+    removed: list[str]
+    modified: list[str]
+
+
+class Diff(_DiffKeys, total=False):
+    """Absolute paths that differ, sorted.  `added` are those that only the other sandbox has."""
+
+    detail: dict[str, PathChange]
+    """By path, if it was asked for."""

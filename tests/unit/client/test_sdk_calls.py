@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from podflare.client import _calls
 from podflare.client._calls import EventReader, ResultBuilder
 from podflare.errors import BadRequest, ProtocolError
+from podflare.wire.api import ForkReport
 from podflare.wire.events import Event
 
 OUT = b'{"type":"stdout","data":"a\\u2028b","seq":0,"ts":1}\n'
@@ -135,7 +136,58 @@ def test_code_must_be_text() -> None:
 def test_fork_count_is_checked_first(n: object) -> None:
     """Fork takes 1 to 32."""
     with pytest.raises(ValueError, match="32"):
-        _calls.fork("sbx_1", n)  # type: ignore[arg-type]  # the point of the test
+        _calls.fork("sbx_1", n, True, None)  # type: ignore[arg-type]  # the point of the test
+
+
+def test_fork_sends_what_differs_from_the_default() -> None:
+    """A plain fork has the body that every daemon knows; it is never sent twice by itself."""
+    plain = _calls.fork("sbx_1", 2, True, None)
+    assert json.loads(plain.body or b"") == {"n": 2} and not plain.repeatable
+    assert json.loads(_calls.fork("sbx_1", 1, False, 5).body or b"") == {
+        "n": 1,
+        "reseed": False,
+        "timeout_seconds": 5,
+    }
+    with pytest.raises(ValueError, match="timeout"):
+        _calls.fork("sbx_1", 1, True, 0)
+
+
+@pytest.mark.parametrize("body", [b"{}", b'{"children":["a"]}', b'{"children":["a",2]}'])
+def test_fork_answer_must_have_every_child(body: bytes) -> None:
+    """Fewer ids than asked for, or something else, is no fork."""
+    with pytest.raises(ProtocolError, match="2 children"):
+        _calls.parse_children(_calls.fork("sbx_1", 2, True, None), body, 2)
+
+
+def test_diff_names_its_paths() -> None:
+    """Each path is a query field, quoted; bytes that are no UTF-8 survive; no paths means the daemon's default."""
+    assert _calls.diff("sbx_1", "sbx/2", None, False).path == "/v1/sandboxes/sbx_1/diff/sbx%2F2"
+    path = _calls.diff("sbx_1", "sbx_2", ["/a b&c", "/\udcff"], True).path
+    assert path == "/v1/sandboxes/sbx_1/diff/sbx_2?paths=%2Fa+b%26c&paths=%2F%FF&detail=true"
+    for wrong in ("/root", [b"/root"]):
+        with pytest.raises(TypeError, match="list of str"):
+            _calls.diff("sbx_1", "sbx_2", wrong, False)  # type: ignore[arg-type]  # the point of the test
+    with pytest.raises(ValueError, match="at least one"):
+        _calls.diff("sbx_1", "sbx_2", [], False)
+
+
+def test_diff_answer() -> None:
+    """Three sorted lists; details leniently; an answer without the lists is a protocol error."""
+    call = _calls.diff("sbx_1", "sbx_2", None, True)
+    lists = {"added": ["/b", "/a"], "removed": [], "modified": ["/c"]}
+    assert _calls.parse_diff(call, json.dumps(lists).encode()) == {**lists, "added": ["/a", "/b"]}
+    detail = {
+        "/c": {"kind": "file", "size_before": 1, "size_after": 2, "patch": "-a\n+b\n"},
+        "/a": {"kind": "file", "size_before": None, "size_after": 5, "patch": None, "new": 1},
+        "/odd": 7,
+    }
+    assert _calls.parse_diff(call, json.dumps({**lists, "detail": detail}).encode()).get("detail") == {
+        "/c": detail["/c"],
+        "/a": {"kind": "file", "size_before": None, "size_after": 5},
+    }
+    for body in (b"{}", b'{"added":[],"removed":[],"modified":[1]}'):
+        with pytest.raises(ProtocolError, match="modified"):
+            _calls.parse_diff(call, body)
 
 
 def test_ids_and_paths_cannot_change_the_route() -> None:
@@ -157,3 +209,13 @@ def test_info_of_an_unknown_daemon_is_read_leniently() -> None:
     """Missing and odd keys give neutral values; what is there is kept."""
     info = _calls.parse_info({"id": "sbx_1", "isolation": ["seccomp"], "ram_mib": "much", "warnings": None})
     assert (info.id, info.isolation, info.ram_mib, info.warnings, info.egress) == ("sbx_1", ("seccomp",), 0, (), False)
+    assert (info.parent_id, info.generation, info.children, info.fork_report) == (None, 0, (), None)
+
+
+def test_info_of_a_fork() -> None:
+    """Ancestry and what could not cross are read; odd entries of the report become neutral."""
+    report = {"threads": ["worker"], "processes": 2, "sockets": None, "moods": 7}
+    info = _calls.parse_info({"parent_id": "sbx_p", "generation": 3, "children": ["sbx_c"], "fork_report": report})
+    assert (info.parent_id, info.generation, info.children) == ("sbx_p", 3, ("sbx_c",))
+    assert info.fork_report == ForkReport(threads=("worker",), processes=2)
+    assert not info.fork_report.lossless and ForkReport().lossless

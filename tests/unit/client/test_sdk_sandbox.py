@@ -297,33 +297,11 @@ def test_replay_output_interrupt_capacity(daemon: ScriptedDaemon, client: Client
     assert client.capacity() == {"sandboxes": 1}
 
 
-def test_fork_children_and_merge(daemon: ScriptedDaemon, client: Client) -> None:
-    """Fork gives sandboxes of the children's ids; a merged-away winner closes without a request."""
-    daemon.answer("POST", "/fork", 200, json={"children": ["sbx_a", "sbx_b"]})
-    daemon.answer("POST", "/merge_into/sbx_a", 204)
-    parent = Sandbox(client=client)
-    first, second = parent.fork(2)
-    parent.merge_into(first)
-    sent = len(daemon.requests)
-    first.close()
-    assert (first.id, second.id, len(daemon.requests)) == ("sbx_a", "sbx_b", sent)
-    with pytest.raises(ValueError, match="itself"):
-        parent.merge_into(parent)
-    with pytest.raises(ValueError, match="32"):
-        parent.fork(0)
-
-
 def test_what_is_not_built_says_so(daemon: ScriptedDaemon, client: Client) -> None:
-    """Fork, merge, spaces, diff and terminals raise NotBuilt, which also is NotImplementedError."""
-    not_built = {"error": "fork is not built yet", "code": "not_built"}
-    for ending in ("/fork", "/merge_into/sbx_w", "/resume"):
-        daemon.answer("POST", ending, 501, json=not_built)
+    """Spaces and terminals raise NotBuilt, which also is NotImplementedError."""
+    daemon.answer("POST", "/resume", 501, json={"error": "spaces is not built yet", "code": "not_built"})
     sandbox = Sandbox(client=client)
-    other = Sandbox._from_id("sbx_w", client)
     attempts = (
-        lambda: sandbox.fork(1),
-        lambda: sandbox.merge_into(other),
-        lambda: sandbox.diff(other),
         lambda: Sandbox.resume("spc_1", client=client),
         lambda: sandbox.pty.create(cmd="bash"),
         lambda: sandbox.pty.attach("pty_1"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import threading
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 from podflare.client import _calls, _config, _embedded
@@ -14,7 +14,7 @@ from podflare.client._async.pty import AsyncPtyCalls
 from podflare.client._concurrency import in_thread_async, shield_async
 from podflare.client._files import Content, LocalPath, Target, open_source
 from podflare.client._transport import AsyncTransport
-from podflare.client._types import Event, ExecResult, Language
+from podflare.client._types import Diff, Event, ExecResult, Language
 from podflare.errors import BadRequest, Conflict, ConnectionLost, DaemonUnreachable, PodflareError
 from podflare.wire.api import SandboxInfo
 
@@ -58,6 +58,7 @@ class AsyncClient(AsyncPtyCalls):
         self._connection: AsyncConnection | None = None
         self._lock = threading.Lock()
         self._closed = False
+        self._holders = 1
 
     @property
     def host(self) -> str:
@@ -82,6 +83,19 @@ class AsyncClient(AsyncPtyCalls):
         if connection is not None:
             with shield_async():
                 await connection.close()
+
+    def _retain(self, holders: int) -> None:
+        """As many more sandboxes own this client."""
+        with self._lock:
+            self._holders += holders
+
+    async def _release(self) -> None:
+        """One owner less; the last one closes."""
+        with self._lock:
+            self._holders -= 1
+            last = self._holders <= 0
+        if last:
+            await self.close()
 
     async def connection(self, *, renew: bool = False) -> AsyncConnection:
         """The connection in use, made on first use.
@@ -292,15 +306,28 @@ class AsyncClient(AsyncPtyCalls):
             target.close()
         return target.size_bytes
 
-    async def fork_sandbox(self, sandbox_id: str, n: int = 1) -> list[str]:
-        """Raises: ValueError if n is not in 1..32; NotBuilt if the daemon cannot fork yet."""
-        call = _calls.fork(sandbox_id, n)
+    async def fork_sandbox(
+        self, sandbox_id: str, n: int = 1, *, reseed: bool = True, timeout: float | None = None
+    ) -> list[str]:
+        """The ids of n forks.  Arguments and errors as `AsyncSandbox.fork`."""
+        call = _calls.fork(sandbox_id, n, reseed, timeout)
+        read_s = _config.FORK_TIMEOUT_S if timeout is None else timeout + _config.FORK_ANSWER_S
         connection = await self.connection()
-        return _calls.parse_children(call, await connection.call(call, read_timeout_s=_config.FORK_TIMEOUT_S))
+        return _calls.parse_children(call, await connection.call(call, read_timeout_s=read_s), n)
 
     async def merge_into(self, parent_id: str, winner_id: str) -> None:
-        """Raises: ValueError if both are the same; NotBuilt if the daemon cannot merge yet."""
-        await self._call(_calls.merge(parent_id, winner_id))
+        """As `AsyncSandbox.merge_into`."""
+        call = _calls.merge(parent_id, winner_id)
+        connection = await self.connection()
+        await connection.call(call, read_timeout_s=_config.FORK_TIMEOUT_S)
+
+    async def diff_sandboxes(
+        self, sandbox_id: str, other_id: str, paths: Sequence[str] | None = None, *, detail: bool = False
+    ) -> Diff:
+        """As `AsyncSandbox.diff`."""
+        call = _calls.diff(sandbox_id, other_id, paths, detail)
+        connection = await self.connection()
+        return _calls.parse_diff(call, await connection.call(call, read_timeout_s=_config.FORK_TIMEOUT_S))
 
     async def resume_space(
         self,

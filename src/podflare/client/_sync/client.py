@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import threading
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 from podflare.client import _calls, _config, _embedded
@@ -15,7 +15,7 @@ from podflare.client._files import Content, LocalPath, Target, open_source
 from podflare.client._sync.connection import Connection
 from podflare.client._sync.pty import PtyCalls
 from podflare.client._transport import SyncTransport
-from podflare.client._types import Event, ExecResult, Language
+from podflare.client._types import Diff, Event, ExecResult, Language
 from podflare.errors import BadRequest, Conflict, ConnectionLost, DaemonUnreachable, PodflareError
 from podflare.wire.api import SandboxInfo
 
@@ -59,6 +59,7 @@ class Client(PtyCalls):
         self._connection: Connection | None = None
         self._lock = threading.Lock()
         self._closed = False
+        self._holders = 1
 
     @property
     def host(self) -> str:
@@ -83,6 +84,19 @@ class Client(PtyCalls):
         if connection is not None:
             with shield_sync():
                 connection.close()
+
+    def _retain(self, holders: int) -> None:
+        """As many more sandboxes own this client."""
+        with self._lock:
+            self._holders += holders
+
+    def _release(self) -> None:
+        """One owner less; the last one closes."""
+        with self._lock:
+            self._holders -= 1
+            last = self._holders <= 0
+        if last:
+            self.close()
 
     def connection(self, *, renew: bool = False) -> Connection:
         """The connection in use, made on first use.
@@ -292,15 +306,28 @@ class Client(PtyCalls):
             target.close()
         return target.size_bytes
 
-    def fork_sandbox(self, sandbox_id: str, n: int = 1) -> list[str]:
-        """Raises: ValueError if n is not in 1..32; NotBuilt if the daemon cannot fork yet."""
-        call = _calls.fork(sandbox_id, n)
+    def fork_sandbox(
+        self, sandbox_id: str, n: int = 1, *, reseed: bool = True, timeout: float | None = None
+    ) -> list[str]:
+        """The ids of n forks.  Arguments and errors as `Sandbox.fork`."""
+        call = _calls.fork(sandbox_id, n, reseed, timeout)
+        read_s = _config.FORK_TIMEOUT_S if timeout is None else timeout + _config.FORK_ANSWER_S
         connection = self.connection()
-        return _calls.parse_children(call, connection.call(call, read_timeout_s=_config.FORK_TIMEOUT_S))
+        return _calls.parse_children(call, connection.call(call, read_timeout_s=read_s), n)
 
     def merge_into(self, parent_id: str, winner_id: str) -> None:
-        """Raises: ValueError if both are the same; NotBuilt if the daemon cannot merge yet."""
-        self._call(_calls.merge(parent_id, winner_id))
+        """As `Sandbox.merge_into`."""
+        call = _calls.merge(parent_id, winner_id)
+        connection = self.connection()
+        connection.call(call, read_timeout_s=_config.FORK_TIMEOUT_S)
+
+    def diff_sandboxes(
+        self, sandbox_id: str, other_id: str, paths: Sequence[str] | None = None, *, detail: bool = False
+    ) -> Diff:
+        """As `Sandbox.diff`."""
+        call = _calls.diff(sandbox_id, other_id, paths, detail)
+        connection = self.connection()
+        return _calls.parse_diff(call, connection.call(call, read_timeout_s=_config.FORK_TIMEOUT_S))
 
     def resume_space(
         self,

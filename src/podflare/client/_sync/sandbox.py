@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -13,17 +13,17 @@ from podflare.client._concurrency import in_thread_sync, shield_sync
 from podflare.client._notices import note, warn
 from podflare.client._sync.pty import PtyNamespace
 from podflare.client._types import Event, ExecResult, Language
-from podflare.errors import Conflict, NotBuilt, PodflareError, SandboxNotFound
+from podflare.errors import Conflict, PodflareError, SandboxNotFound
 
 if TYPE_CHECKING:
     from podflare.client._config import Address
     from podflare.client._files import Content, LocalPath
     from podflare.client._sync.client import Client
+    from podflare.client._types import Diff
     from podflare.wire.api import SandboxInfo
 
     # Named here because `list` is a method inside the class.
     Events = list[Event]
-    Paths = list[str]
     SandboxInfos = list[SandboxInfo]
     Sandboxes = list["Sandbox"]
 
@@ -92,7 +92,8 @@ class Sandbox:
     def _reset(self) -> None:
         self._id: str | None = None
         self._address: Address | None = None
-        self._closed = False
+        self._ending = ""
+        """How it ended, if this program ended it."""
         self.pty = PtyNamespace(self)
 
     @classmethod
@@ -124,22 +125,20 @@ class Sandbox:
             if client is None:
                 used.close()
             raise
-        return cls._adopt(sandbox_id, used, address=address, where=where if client is None else None)
+        return cls._adopt(sandbox_id, used, address=address, owns_client=client is None)
 
     @classmethod
     def _from_id(cls, sandbox_id: str, client: Client) -> Sandbox:
         """The sandbox of an id, unchecked.  The client stays the caller's."""
-        return cls._adopt(sandbox_id, client, address=None, where=None)
+        return cls._adopt(sandbox_id, client, address=None, owns_client=False)
 
     @classmethod
-    def _adopt(
-        cls, sandbox_id: str, client: Client, *, address: Address | None, where: dict[str, str | None] | None
-    ) -> Sandbox:
-        """A sandbox that exists.  It owns the client if `where` says how that was made."""
+    def _adopt(cls, sandbox_id: str, client: Client, *, address: Address | None, owns_client: bool) -> Sandbox:
+        """A sandbox that exists, and will not be opened again."""
         sandbox = cls.__new__(cls)
-        sandbox._owns_client = where is not None
+        sandbox._owns_client = owns_client
         sandbox._maybe_client = client
-        sandbox._where, sandbox._options = where or {}, {}
+        sandbox._where, sandbox._options = {}, {}
         sandbox._reset()
         sandbox._id, sandbox._address = sandbox_id, address
         return sandbox
@@ -175,7 +174,7 @@ class Sandbox:
             if client is None:
                 used.close()
             raise
-        return cls._adopt(created["id"], used, address=address, where=where if client is None else None)
+        return cls._adopt(created["id"], used, address=address, owns_client=client is None)
 
     def _open(self) -> Sandbox:
         if self._id is not None:
@@ -187,7 +186,7 @@ class Sandbox:
             client = self._maybe_client = _new_client(**self._where)
         try:
             created = client.create_sandbox_info(**self._options)
-            self._id, self._closed = created["id"], False
+            self._id, self._ending = created["id"], ""
             self._address = (client.connection()).address
             warn(created.get("warnings"))  # raises where the user made warnings errors
         except BaseException:
@@ -203,7 +202,7 @@ class Sandbox:
         self._id = None
         if self._owns_client:
             self._maybe_client = None
-            client.close()
+            client._release()
 
     def __enter__(self) -> Sandbox:
         return self._open()
@@ -219,7 +218,7 @@ class Sandbox:
             note(exc, f"besides, {failure}")
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else self._id or "not open"
+        state = f"{self._id} {self._ending}" if self._ending else self._id or "not open"
         return f"<{type(self).__name__} {state}>"
 
     @property
@@ -232,14 +231,14 @@ class Sandbox:
     def _client_for(self, what: str) -> Client:
         """The client, if the sandbox can be there.
 
-        Raises: SandboxNotFound if it was closed here; DaemonUnreachable if its private daemon has ended.
+        Raises: SandboxNotFound if it was ended here; DaemonUnreachable if its private daemon has ended.
         """
         from podflare.client import _errors
 
         sandbox_id = self.id
         client = self._maybe_client
-        if self._closed or client is None:
-            raise _errors.closed_here(what, sandbox_id)
+        if self._ending or client is None:
+            raise _errors.ended_here(what, sandbox_id, self._ending)
         if self._address is not None and self._daemon_ended():
             raise _errors.daemon_ended(what, sandbox_id, _embedded.ending(self._address))
         return client
@@ -322,26 +321,52 @@ class Sandbox:
         """What the daemon says of this sandbox: effective limits, engine, walls in force."""
         return self._client_for("look-up").get_sandbox(self.id)
 
-    def fork(self, n: int = 1) -> Sandboxes:
-        """n copies, memory included.  Raises: ValueError if n is not in 1..32; NotBuilt if there is no fork yet."""
+    def fork(self, n: int = 1, *, reseed: bool = True, timeout: float | None = None) -> Sandboxes:
+        """n copies of the running sandbox: memory, files, working directory, open files.  All of them or none.
+
+        A running cell is waited for.  The copies share this sandbox's client, limits and labels; close each.
+
+        Args:
+            n: 1 to 32.
+            reseed: give the global random generators of each copy fresh state; False keeps them as they are.
+            timeout: seconds for all of it, waiting for a running cell included; None means the daemon's 50.
+        Raises: ValueError if n is out of range; DeadlineExceeded if there was no fork in time; Conflict if this
+            sandbox cannot be forked (too many generations deep, or its engine cannot); NoCapacity, QuotaExceeded;
+            ConnectionLost: the copies may have been made, `info().children` tells. It is never sent twice.
+        If interrupted (Ctrl-C): the daemon takes back what it has not answered yet.
+        """
         client = self._client_for("fork")
-        where = self._where if self._owns_client else None
-        return [
-            # A client of its own, where this sandbox will close the one that it owns.
-            self._adopt(
-                child, _new_client(**where) if where is not None else client, address=self._address, where=where
-            )
-            for child in client.fork_sandbox(self.id, n)
-        ]
+        children = client.fork_sandbox(self.id, n, reseed=reseed, timeout=timeout)
+        if self._owns_client:
+            client._retain(len(children))
+        return [self._adopt(child, client, address=self._address, owns_client=self._owns_client) for child in children]
 
     def merge_into(self, winner: Sandbox) -> None:
-        """Make this sandbox what `winner` is.  Raises: ValueError if it is itself; NotBuilt if there is none yet."""
-        self._client_for("merge_into").merge_into(self.id, winner.id)
-        winner._closed = True  # its id is gone, and closing it later is no request
+        """Make this sandbox what `winner` is: a replace, what this one held is gone.  Its id stays.
 
-    def diff(self, other: Sandbox, paths: Paths | None = None) -> dict[str, Paths]:
-        """Raises: NotBuilt in this version."""
-        raise NotBuilt("diff is not built yet in this version of podflare")
+        The winner's id ends, and closing `winner` afterwards is silent.  Forks of this sandbox live on.
+        Running cells of both are waited for.
+
+        Raises: ValueError if `winner` is this sandbox; SandboxNotFound if one of them is gone; Conflict if they
+            are not of the same engine. Nothing has changed then. ConnectionLost, DeadlineExceeded: outcome
+            unknown, this sandbox has the old state or the new one, never none.
+        """
+        client = self._client_for("merge_into")
+        winner._client_for("merge_into")
+        client.merge_into(self.id, winner.id)
+        winner._ending = f"was merged into {self.id} by this program"
+
+    def diff(self, other: Sandbox, paths: Sequence[str] | None = None, *, detail: bool = False) -> Diff:
+        """Which files differ in `other`: {"added": [...], "removed": [...], "modified": [...]}, sorted.
+
+        Args:
+            paths: directories or files to compare; None means /root and /tmp.
+            detail: add "detail": for each path its kind, both sizes and, for text, the change as a unified diff.
+        Raises: SandboxNotFound if one of them is gone.
+        """
+        client = self._client_for("diff")
+        other._client_for("diff")
+        return client.diff_sandboxes(self.id, other.id, paths, detail=detail)
 
     def close(self) -> None:
         """End the sandbox.  Idempotent; one that is already gone, with its daemon or without, is closed.
@@ -352,13 +377,15 @@ class Sandbox:
         client = self._maybe_client
         if self._id is None or client is None:
             return
-        if not self._closed:
+        if not self._ending:
             with shield_sync():
                 self._destroy(client)
-            self._closed = True
+            self._ending = "was closed by this program"
         if self._owns_client:
-            self._maybe_client = None
-            client.close()
+            # Another thread may close it too; only one of them may give the client back.
+            held, self._maybe_client = self._maybe_client, None
+            if held is not None:
+                held._release()
 
     def _destroy(self, client: Client) -> None:
         if self._daemon_ended():
