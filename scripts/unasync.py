@@ -33,6 +33,10 @@ PHRASES = (
         "this sandbox was not made: its constructor failed",
     ),
     ("`async with AsyncSandbox() as sandbox: ...` or `sandbox = await AsyncSandbox.create()`; closed", "Closed"),
+    (
+        "each in a task\n            of its own; it may be a coroutine function.",
+        "each in a thread\n            of its own.",
+    ),
     ("If cancelled or interrupted:", "If interrupted (Ctrl-C):"),
 )
 """Whole phrases, in prose that means something else for the other kind."""
@@ -54,6 +58,8 @@ WORDS = {
     "acquire_async": "acquire_sync",
     "aiter_bytes": "iter_bytes",
     "aread": "read",
+    "each_async": "each_sync",
+    "explore_async": "explore",
     "handle_async_request": "handle_request",
     "in_thread_async": "in_thread_sync",
     "note_socket_async": "note_socket_sync",

@@ -15,21 +15,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from podflare.client import close_default_client as close_default_client
     from podflare.client._async.client import AsyncClient as AsyncClient
+    from podflare.client._async.explore import explore_async as explore_async
     from podflare.client._async.pty import AsyncPtyHandle as AsyncPtyHandle
     from podflare.client._async.pty import AsyncPtyNamespace as AsyncPtyNamespace
     from podflare.client._async.sandbox import AsyncSandbox as AsyncSandbox
+    from podflare.client._ranking import Attempt as Attempt
+    from podflare.client._ranking import Exploration as Exploration
     from podflare.client._regions import RegionInfo as RegionInfo
     from podflare.client._regions import detect_local_region as detect_local_region
     from podflare.client._regions import haversine_km as haversine_km
     from podflare.client._regions import nearest_region_to as nearest_region_to
     from podflare.client._regions import resolve_region as resolve_region
     from podflare.client._sync.client import Client as Client
+    from podflare.client._sync.explore import explore as explore
     from podflare.client._sync.pty import PtyHandle as PtyHandle
     from podflare.client._sync.pty import PtyNamespace as PtyNamespace
     from podflare.client._sync.sandbox import Sandbox as Sandbox
     from podflare.client._types import CellError as CellError
+    from podflare.client._types import Diff as Diff
     from podflare.client._types import ExecResult as ExecResult
     from podflare.client._types import Language as Language
+    from podflare.client._types import PathChange as PathChange
     from podflare.client._types import PtySessionInfo as PtySessionInfo
     from podflare.client._types import Result as Result
     from podflare.errors import BadRequest as BadRequest
@@ -55,6 +61,7 @@ if TYPE_CHECKING:
     from podflare.errors import Unauthorized as Unauthorized
     from podflare.errors import UnknownRegionError as UnknownRegionError
     from podflare.errors import UnknownTemplate as UnknownTemplate
+    from podflare.wire.api import ForkReport as ForkReport
     from podflare.wire.api import SandboxInfo as SandboxInfo
     from podflare.wire.events import Event as Event
 
@@ -65,13 +72,16 @@ __version__ = "0.1.0"
 _HOMES = {
     "client": ("close_default_client",),
     "client._async.client": ("AsyncClient",),
+    "client._async.explore": ("explore_async",),
     "client._async.pty": ("AsyncPtyHandle", "AsyncPtyNamespace"),
     "client._async.sandbox": ("AsyncSandbox",),
+    "client._ranking": ("Attempt", "Exploration"),
     "client._regions": ("RegionInfo", "detect_local_region", "haversine_km", "nearest_region_to", "resolve_region"),
     "client._sync.client": ("Client",),
+    "client._sync.explore": ("explore",),
     "client._sync.pty": ("PtyHandle", "PtyNamespace"),
     "client._sync.sandbox": ("Sandbox",),
-    "client._types": ("CellError", "ExecResult", "Language", "PtySessionInfo", "Result"),
+    "client._types": ("CellError", "Diff", "ExecResult", "Language", "PathChange", "PtySessionInfo", "Result"),
     "errors": (
         "BadRequest",
         "CellNotFound",
@@ -97,7 +107,7 @@ _HOMES = {
         "UnknownRegionError",
         "UnknownTemplate",
     ),
-    "wire.api": ("SandboxInfo",),
+    "wire.api": ("ForkReport", "SandboxInfo"),
     "wire.events": ("Event",),
 }
 """Where each public name lives."""
@@ -110,6 +120,7 @@ __all__ = [
     "AsyncPtyHandle",
     "AsyncPtyNamespace",
     "AsyncSandbox",
+    "Attempt",
     "BadRequest",
     "CellError",
     "CellNotFound",
@@ -119,16 +130,20 @@ __all__ = [
     "DaemonStartFailed",
     "DaemonUnreachable",
     "DeadlineExceeded",
+    "Diff",
     "Event",
     "ExecResult",
+    "Exploration",
     "FileAccessError",
     "FileMissing",
     "Forbidden",
+    "ForkReport",
     "IsolationIncomplete",
     "Language",
     "MachineFailed",
     "NoCapacity",
     "NotBuilt",
+    "PathChange",
     "PodflareError",
     "PodflareWarning",
     "ProtocolError",
@@ -148,6 +163,8 @@ __all__ = [
     "__version__",
     "close_default_client",
     "detect_local_region",
+    "explore",
+    "explore_async",
     "haversine_km",
     "nearest_region_to",
     "resolve_region",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -33,3 +33,47 @@ def shield_async() -> contextlib.AbstractContextManager[object]:
 def shield_sync() -> contextlib.AbstractContextManager[object]:
     """Synchronous code cannot be cancelled."""
     return contextlib.nullcontext()
+
+
+async def each_async(
+    work: Callable[[T], Awaitable[None]], items: Sequence[T], limit: int, stop: Callable[[], Awaitable[None]]
+) -> None:
+    """Do `work` for each item, at most `limit` at a time, and wait for all.
+
+    Args:
+        stop: has work that cannot be cancelled end soon; tasks can be cancelled and do not need it.
+    Raises: the first error of `work`; the rest is cancelled, or not begun.
+    """
+    import anyio  # as above
+
+    failures: list[Exception] = []
+
+    async def one(item: T) -> None:
+        async with limiter:
+            try:
+                await work(item)
+            except Exception as exc:  # noqa: BLE001  # raised below, outside the group, which would wrap it
+                failures.append(exc)
+                tasks.cancel_scope.cancel()
+
+    limiter = anyio.Semaphore(limit)
+    async with anyio.create_task_group() as tasks:
+        for item in items:
+            tasks.start_soon(one, item)
+    if failures:
+        raise failures[0]
+
+
+def each_sync(work: Callable[[T], None], items: Sequence[T], limit: int, stop: Callable[[], None]) -> None:
+    """The same in threads.  Also on Ctrl-C, which reaches the waiting main thread, `stop` is called."""
+    from concurrent.futures import ThreadPoolExecutor, as_completed
+
+    with ThreadPoolExecutor(min(limit, max(1, len(items))), thread_name_prefix="podflare") as pool:
+        futures = [pool.submit(work, item) for item in items]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            stop()
+            raise
