@@ -54,6 +54,7 @@ def run_family(stage: StagePlan, control_fd: int) -> NoReturn:
 
 
 def _serve(stage: StagePlan, control: socket.socket) -> None:
+    own_pid_ns = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
     wake_r, wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -74,7 +75,7 @@ def _serve(stage: StagePlan, control: socket.socket) -> None:
                     if "capture" in order:
                         _capture(control, order)
                     else:
-                        _make_machines(stage, order, fds)
+                        _make_machines(stage, order, fds, own_pid_ns)
                 finally:
                     for fd in fds:
                         os.close(fd)
@@ -94,55 +95,74 @@ def _capture(control: socket.socket, order: Dict[str, Any]) -> None:
             os._exit(0)
 
 
-def _make_machines(stage: StagePlan, order: Dict[str, Any], fds: List[int]) -> None:
+def _make_machines(stage: StagePlan, order: Dict[str, Any], fds: List[int], own_pid_ns: int) -> None:
     plans = [machine_from_dict(body) for body in order["plans"]]
     nested: Optional[int] = None
     if order["nested"]:
         nested, fds = fds[0], fds[1:]
     each = len(fds) // len(plans)
     births = [Birth(plan, fds[i * each : (i + 1) * each]) for i, plan in enumerate(plans)]
-    if os.fork() == 0:
-        _run_helper(stage, births, nested)
+    try:
+        if nested is None:
+            _make_agents(stage, births, own_pid_ns, adopts=False)
+            return
+        # Machines below another one are made by a process in that one's PID namespace.
+        sc.setns(nested, sc.CLONE_NEWPID)
+        if os.fork() == 0:
+            _run_nested(stage, births)
+    except OSError as exc:
+        _tell_all(births, exc)
+    finally:
+        sc.setns(own_pid_ns, sc.CLONE_NEWPID)
 
 
-def _run_helper(stage: StagePlan, births: List[Birth], nested: Optional[int]) -> NoReturn:
-    """A process just to make new namespaces and the agents in them: a PID namespace applies to children only.
+def _run_nested(stage: StagePlan, births: List[Birth]) -> NoReturn:
+    try:
+        signal.set_wakeup_fd(-1)
+        own_pid_ns = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+        _make_agents(stage, births, own_pid_ns, adopts=True)
+    except BaseException as exc:
+        _tell_all(births, exc)
+    os._exit(0)
+
+
+def _make_agents(stage: StagePlan, births: List[Birth], own_pid_ns: int, *, adopts: bool) -> None:
+    """Fork an agent into a new PID namespace for each birth; the caller's own stays as it is.
 
     Joining a control group can wait many milliseconds for the kernel (cgroup_threadgroup_rwsem), so this process
     moves the agents while they mount their roots.
     """
-    try:
-        signal.set_wakeup_fd(-1)
-        if nested is not None:
-            sc.setns(nested, sc.CLONE_NEWPID)
-            if os.fork() != 0:
-                os._exit(0)
-        own_pid_ns = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
-        placed = []
-        for number, birth in enumerate(births):
-            if number:
-                # A process whose children already go elsewhere cannot make another PID namespace.
-                sc.setns(own_pid_ns, sc.CLONE_NEWPID)
-            placed_r, placed_w = os.pipe2(os.O_CLOEXEC)
-            sc.unshare(sc.CLONE_NEWPID)
-            pid = os.fork()
-            if pid == 0:
-                _run_agent(stage, birth, placed_r, adopts=nested is not None)
-            placed.append((birth, pid, placed_w))
-        for birth, pid, placed_w in placed:
+    placed = []
+    for birth in births:
+        # A process whose children already go elsewhere cannot make another PID namespace.
+        sc.setns(own_pid_ns, sc.CLONE_NEWPID)
+        sc.unshare(sc.CLONE_NEWPID)
+        placed_r, placed_w = os.pipe2(os.O_CLOEXEC)
+        pid = os.fork()
+        if pid == 0:
+            _run_agent(stage, birth, placed_r, adopts=adopts)
+        os.close(placed_r)
+        placed.append((birth, pid, placed_w))
+    for birth, pid, placed_w in placed:
+        try:
             for fd in birth.cgroups:
                 os.write(fd, str(pid).encode())  # permission was checked when the daemon opened the file
             os.write(placed_w, b".")
-        os._exit(0)
-    except BaseException as exc:
-        for birth in births:
-            _tell(birth.birth, {"error": f"new namespaces: {exc}"})
-        os._exit(1)
+        except OSError as exc:
+            _tell(birth.birth, {"error": f"control group: {exc}"})
+        finally:
+            os.close(placed_w)
+
+
+def _tell_all(births: List[Birth], exc: BaseException) -> None:
+    for birth in births:
+        _tell(birth.birth, {"error": f"new namespaces: {exc}"})
 
 
 def _run_agent(stage: StagePlan, birth: Birth, placed: int, *, adopts: bool) -> NoReturn:
     """Pid 1 of the sandbox: confine itself, let the daemon look at the result, then serve."""
     try:
+        signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
         os.umask(0o022)
