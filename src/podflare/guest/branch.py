@@ -4,8 +4,9 @@ Only the process that holds the memory can fork it copy on write, so the REPL do
 main thread, when the daemon orders it over the fork line.  The daemon does not trust the result: it looks at each
 child from outside before it lets it go.
 
-Order on the line, a SOCK_SEQPACKET socket, all JSON: n times {"child": i} with ChildFds, then {"fork": n, "reseed",
-"timeout_s"}; answer {"forked": bool}.  Each child says {"born": report} on the line of its own machine and waits
+Order on the line, a SOCK_SEQPACKET socket, all JSON: n times {"order", "child": i} with ChildFds, then {"order",
+"fork": n, "reseed", "timeout_s"}; answer {"order", "forked": bool}.  An order may be given up half way; then another
+number follows.  Each child says {"born": report} on the line of its own machine and waits
 for "go".
 """
 
@@ -65,6 +66,7 @@ class ForkLine:
     def __init__(self, fd: int) -> None:
         self.fd = high_copy(fd)
         self._waiting: List[ChildFds] = []
+        self._order = 0
         self.forking = False
         """True while a fork of ours runs: hooks that user forks trigger must keep still."""
 
@@ -86,14 +88,22 @@ class ForkLine:
         if not data:
             os._exit(0)  # the daemon is gone
         order = json.loads(data)
+        if order["order"] != self._order:
+            for child in self._waiting:
+                child.close()
+            self._waiting, self._order = [], order["order"]
         if "child" in order:
             self._waiting.append(ChildFds(fds))
             return
         children, self._waiting = self._waiting, []
         if len(children) != order["fork"]:
-            self.say({"forked": False, "why": "descriptors are missing"})
+            self.answer(False, "descriptors are missing")
             return
         branch(children, bool(order["reseed"]), float(order["timeout_s"]))
+
+    def answer(self, forked: bool, why: str = "") -> None:
+        """In the parent: how the order ended."""
+        self.say({"order": self._order, "forked": forked, "why": why})
 
     def say(self, message: Dict[str, object]) -> None:
         os.write(self.fd, json.dumps(message).encode()[:MAX_PACKET_BYTES])

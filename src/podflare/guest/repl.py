@@ -290,7 +290,7 @@ class Repl:
             mine = fork_children(children, timeout_s)
         except OSError as exc:
             newborn.forget()
-            line.say({"forked": False, "why": str(exc)})
+            line.answer(False, str(exc))
             return
         finally:
             line.forking = False
@@ -298,7 +298,7 @@ class Repl:
             newborn.forget()
             for child in children:
                 child.close()
-            line.say({"forked": True})
+            line.answer(True)
         else:
             self._begin_life(newborn, mine, children)
 

@@ -148,3 +148,25 @@ def test_nothing_of_a_fork_is_left_after_close(parent, engine):
     for machine in (*children, *grandchildren):
         machine.close()
     assert set(os.listdir(folder)) == before
+
+
+def test_a_cancelled_fork_leaves_nothing_and_the_next_one_works(parent, fork, portal):
+    """Wherever a fork is cancelled, no child, descriptor or directory stays, and the parent can be forked again."""
+    import anyio
+
+    parent.run("kept = 1")
+    folder = parent.machine.directory.parent
+
+    async def cancelled(after_s: float) -> None:
+        with anyio.move_on_after(after_s):
+            children = await parent.machine.fork(2, reseed=True, timeout_s=20)
+            with anyio.CancelScope(shield=True):
+                for child in children:
+                    await child.aclose()
+
+    before = set(os.listdir(folder))
+    for step in range(25):
+        portal.call(cancelled, step * 0.0015)
+        assert set(os.listdir(folder)) == before
+    (child,) = fork(parent)
+    assert child.run("print(kept)").stdout == "1\n"

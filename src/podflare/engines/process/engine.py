@@ -16,7 +16,7 @@ from podflare.engines.process.fork import fork_machine
 from podflare.engines.process.layers import Layers
 from podflare.engines.process.machine import ProcessMachine, empty_machine, end_parts, remove_tree
 from podflare.engines.process.plan import plan_machine, plan_stage
-from podflare.engines.process.waiting import wait_readable
+from podflare.engines.process.waiting import make_owned, wait_readable
 from podflare.engines.process.zygote import Zygote
 from podflare.errors import (
     Conflict,
@@ -92,10 +92,10 @@ class ProcessEngine:
         if spec.template not in self.templates:
             raise UnknownTemplate(f"unknown template {spec.template!r:.80}; known: {', '.join(self.templates)}")
         try:
-            machine = await asyncio.wait_for(self._bear(spec), timeout_s)
+            machine = await make_owned(self._bear(spec), timeout_s=timeout_s, discard=self._end)
         except PodflareError:
             raise
-        except asyncio.TimeoutError as exc:
+        except TimeoutError as exc:
             raise DeadlineExceeded(f"no machine was ready within {timeout_s:g} s") from exc
         except OSError as exc:
             raise MachineFailed(f"a new machine could not be started: {exc}") from exc
@@ -136,6 +136,13 @@ class ProcessEngine:
         await end_parts(unborn.parts)
         await asyncio.get_running_loop().run_in_executor(None, remove_tree, unborn.parts.directory)
 
+    async def _end(self, *machines: ProcessMachine) -> None:
+        """Take away machines that were made and not handed out."""
+        for machine in machines:
+            await end_parts(machine.parts)
+            await asyncio.get_running_loop().run_in_executor(None, remove_tree, machine.directory)
+            await self._layers.release(machine.parts.layers)
+
     def _take_in(self, machine: ProcessMachine) -> None:
         self._machines.add(machine)
         self._disk.add(machine)
@@ -155,10 +162,10 @@ class ProcessEngine:
         hostnames = [f"fork-{secrets.token_hex(4)}" for _ in range(count)]
         forking = fork_machine(nursery, self._layers, parent, hostnames, reseed=reseed)
         try:
-            children = await asyncio.wait_for(forking, timeout_s)
+            children = await make_owned(forking, timeout_s=timeout_s, discard=lambda made: self._end(*made))
         except PodflareError:
             raise
-        except asyncio.TimeoutError as exc:
+        except TimeoutError as exc:
             raise DeadlineExceeded(f"the fork was not ready within {timeout_s:g} s") from exc
         except OSError as exc:
             raise MachineFailed(f"the sandbox could not be forked: {exc}") from exc

@@ -44,6 +44,14 @@ class Family:
 
         Raises: MachineFailed; the caller removes what was copied.
         """
+        copying = asyncio.get_running_loop().create_task(self._capture(machine, layer))
+        try:
+            await asyncio.shield(copying)
+        except asyncio.CancelledError:
+            await asyncio.wait([copying])  # it writes into the layer, which the caller is about to remove
+            raise
+
+    async def _capture(self, machine: str, layer: str) -> None:
         async with self._lock:
             self._send({"capture": machine, "to": layer}, [])
             await wait_readable(self._control, CAPTURE_TIMEOUT_S, "the files of the sandbox were not copied")
@@ -73,11 +81,10 @@ async def end_process(pidfd: int) -> None:
     loop.add_reader(pidfd, resolve, gone)
     try:
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        await asyncio.wait_for(gone, END_TIMEOUT_S)
+        # A process in uninterruptible sleep is not waited for longer; it ends when its device answers.
+        await asyncio.wait([gone], timeout=END_TIMEOUT_S)
     except ProcessLookupError:
         pass
-    except asyncio.TimeoutError:
-        pass  # in uninterruptible sleep; the kernel ends it when the device answers
     finally:
         loop.remove_reader(pidfd)
         os.close(pidfd)

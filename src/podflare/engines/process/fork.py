@@ -104,18 +104,23 @@ async def _undo(layers: Layers, unborn: list[Unborn]) -> None:
 
 async def _fork_repl(nursery: Nursery, parent: ProcessMachine, children: list[ProcessMachine], *, reseed: bool) -> None:
     line = parent.parts.line
+    parent.fork_orders += 1
+    order = parent.fork_orders
     for number, child in enumerate(children):
         fds = await _receive_handed(child)
         try:
-            socket.send_fds(line, [json.dumps({"child": number}).encode()], fds)
+            socket.send_fds(line, [json.dumps({"order": order, "child": number}).encode()], fds)
         except OSError as exc:
             raise MachineFailed(f"the sandbox's Python process cannot be reached: {exc}") from exc
         finally:
             for fd in fds:
                 os.close(fd)
-    line.send(json.dumps({"fork": len(children), "reseed": reseed, "timeout_s": REPL_FORK_TIMEOUT_S}).encode())
-    await wait_readable(line, STEP_TIMEOUT_S, "the sandbox's Python process did not fork")
-    answer, _ = receive_with_pid(line, "the sandbox's Python process is gone")
+    body = {"order": order, "fork": len(children), "reseed": reseed, "timeout_s": REPL_FORK_TIMEOUT_S}
+    line.send(json.dumps(body).encode())
+    answer: dict[str, Any] = {}
+    while answer.get("order") != order:  # the answer to an order that was given up may still be there
+        await wait_readable(line, STEP_TIMEOUT_S, "the sandbox's Python process did not fork")
+        answer, _ = receive_with_pid(line, "the sandbox's Python process is gone")
     if answer.get("forked") is not True:
         raise MachineFailed(f"the sandbox's Python process could not fork: {str(answer.get('why'))[:500]}")
     await asyncio.gather(*(_receive_repl(nursery, child) for child in children))

@@ -61,6 +61,7 @@ class ProcessMachine:
         self.nested: set[ProcessMachine] = set()
         """Machines forked from this one that are not removed yet: their PID namespaces lie in this one's."""
         self.depth = 0
+        self.fork_orders = 0
         self.on_close: Callable[[ProcessMachine], Any] | None = None
         self.on_fork: Forker | None = None
         self._death: asyncio.Future[Death] = asyncio.get_running_loop().create_future()

@@ -1,9 +1,13 @@
-"""Waiting for descriptors on the event loop, always with a limit."""
+"""Waiting on the event loop, always with a limit, and so that a cancelled wait leaves nothing without an owner."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+import anyio
 
 from podflare.errors import DeadlineExceeded
 
@@ -21,8 +25,39 @@ async def wait_readable(sock: socket.socket, timeout_s: float, what: str) -> Non
     fd = sock.fileno()  # kept: who cancels this may have closed the socket already
     loop.add_reader(fd, resolve, ready)
     try:
-        await asyncio.wait_for(ready, timeout_s)
-    except asyncio.TimeoutError as exc:
-        raise DeadlineExceeded(f"{what} within {timeout_s:g} s") from exc
+        # Not wait_for: before Python 3.12 it swallows a cancellation that arrives together with the result.
+        done, _ = await asyncio.wait([ready], timeout=timeout_s)
+        if not done:
+            raise DeadlineExceeded(f"{what} within {timeout_s:g} s")
     finally:
         loop.remove_reader(fd)
+
+
+Made = TypeVar("Made")
+
+
+async def make_owned(
+    making: Coroutine[Any, Any, Made], *, timeout_s: float, discard: Callable[[Made], Awaitable[None]]
+) -> Made:
+    """Run `making` and return what it made.
+
+    Args:
+        making: undoes its own part when it is cancelled or fails.
+        discard: takes away what was made all the same when nobody waits for it any more.
+    Raises: TimeoutError after timeout_s; what `making` raises.
+    If cancelled, or on a timeout: nothing that it made exists.
+    """
+    task = asyncio.get_running_loop().create_task(making)
+    try:
+        done, _ = await asyncio.wait([task], timeout=timeout_s)
+        if not done:
+            raise TimeoutError
+    except BaseException:
+        # anyio cancels again and again until the scope is left; the clean-up must run to its end all the same.
+        with anyio.CancelScope(shield=True):
+            task.cancel()
+            await asyncio.wait([task])
+            if not task.cancelled() and task.exception() is None:
+                await discard(task.result())
+        raise
+    return task.result()
