@@ -114,7 +114,8 @@ def _look(fd: int) -> Optional[OpenFile]:
         close_on_exec = bool(fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC)
     except OSError:
         return None  # the descriptor of the listing itself
-    position = os.lseek(fd, 0, os.SEEK_CUR) if stat.S_ISREG(status.st_mode) else 0
+    # Namespaces, too, are regular files to fstat(2), but without a position.
+    position = os.lseek(fd, 0, os.SEEK_CUR) if stat.S_ISREG(status.st_mode) and target.startswith("/") else 0
     return OpenFile(fd, target, status.st_mode, flags, position, _is_at(target, status), close_on_exec)
 
 
@@ -131,7 +132,7 @@ def _is_terminal(file: OpenFile) -> bool:
 
 def _replacement(file: OpenFile) -> Optional[int]:
     """A descriptor of the child's own to put in the place of an inherited one; None to leave it."""
-    if stat.S_ISREG(file.mode):
+    if stat.S_ISREG(file.mode) and file.target.startswith("/"):
         fresh = _reopen(file) if file.at_path else _copy(file)
         os.lseek(fresh, file.position, os.SEEK_SET)
         return fresh
@@ -145,7 +146,7 @@ def _replacement(file: OpenFile) -> Optional[int]:
         # An epoll instance is shared like a file: what the child removed would be gone for the parent.
         with select.epoll() as fresh_epoll:
             return os.dup(fresh_epoll.fileno())
-    if file.target.startswith("anon_inode:") or _is_terminal(file):
+    if not file.target.startswith("/") or _is_terminal(file):
         return os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     return None  # /dev/null and its like: no state to share
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import _thread
 import builtins
+import json
 import os
 import platform
 import select
@@ -284,23 +285,21 @@ class Repl:
         line = self._line
         assert line is not None
         self._streams.flush()
-        newborn = Newborn(reseed)
+        newborn, why = Newborn(reseed), ""
         line.forking = True
         try:
             mine = fork_children(children, timeout_s)
         except OSError as exc:
-            newborn.forget()
-            line.answer(False, str(exc))
-            return
+            mine, why = None, str(exc)
         finally:
             line.forking = False
-        if mine is None:
-            newborn.forget()
-            for child in children:
-                child.close()
-            line.answer(True)
-        else:
+        if mine is not None:
             self._begin_life(newborn, mine, children)
+            return
+        newborn.forget()
+        for child in children:
+            child.close()
+        line.answer(not why, why)
 
     def _begin_life(self, newborn: Newborn, mine: ChildFds, siblings: List[ChildFds]) -> None:
         """In a child: leave the parent's machine for an own one, then wait for cells there."""
@@ -308,7 +307,11 @@ class Repl:
         os.setsid()
         own = {self._link.fd, self._line.fd, *self._streams.descriptors}
         passed = {fd for child in siblings for fd in child.all()}
-        losses = newborn.enter(mine, own | passed)
+        try:
+            losses = newborn.enter(mine, own | passed)
+        except BaseException as exc:  # noqa: BLE001  # the daemon tells it; this process has nowhere to go
+            os.write(mine.line, json.dumps({"died": f"{type(exc).__name__}: {exc}"}).encode())
+            os._exit(1)
         os.dup2(mine.control, self._link.fd, inheritable=False)
         os.dup2(mine.line, self._line.fd, inheritable=False)
         self._streams.move_to(mine.stdout, mine.stderr)

@@ -50,7 +50,7 @@ async def fork_machine(
     unborn: list[Unborn] = []
     layer = layers.new()
     below = (layer, *parent.parts.layers)
-    layers.retain(below)  # one user is this call itself
+    layers.retain(below)  # one user is this call itself, until its end
     try:
         make_directory(nursery, layers.path(layer))
         for hostname in hostnames:
@@ -61,15 +61,16 @@ async def fork_machine(
         await warming
         plans = [plan_machine(one.id, one.spec, cgroup_walls=nursery.cgroups.walls, layers=below) for one in unborn]
         send_order(unborn, plans, parent.parts.family, below=parent.parts.pid_namespace)
-        children = list(await asyncio.gather(*(receive_confined(nursery, one) for one in unborn)))
+        # One after the other: they get ready side by side, and nobody is left waiting when one fails.
+        children = [await receive_confined(nursery, one) for one in unborn]
         await _fork_repl(nursery, parent, children, reseed=reseed)
         for child in children:
             child.parts.birth.close()
     except BaseException:
         await asyncio.shield(_undo(layers, unborn))
-        raise
-    finally:
         await asyncio.shield(layers.release(below))
+        raise
+    layers.give_back(below)  # the children use them all; nothing may wait from here on, or a cancellation lost them
     return children
 
 
@@ -123,7 +124,10 @@ async def _fork_repl(nursery: Nursery, parent: ProcessMachine, children: list[Pr
         answer, _ = receive_with_pid(line, "the sandbox's Python process is gone")
     if answer.get("forked") is not True:
         raise MachineFailed(f"the sandbox's Python process could not fork: {str(answer.get('why'))[:500]}")
-    await asyncio.gather(*(_receive_repl(nursery, child) for child in children))
+    for child in children:
+        await _receive_repl(nursery, child)
+    for child in children:
+        await wait_readable(child.parts.channel, STEP_TIMEOUT_S, "the guest of the forked machine did not start")
 
 
 async def _receive_handed(child: ProcessMachine) -> list[int]:
@@ -148,6 +152,8 @@ async def _receive_repl(nursery: Nursery, child: ProcessMachine) -> None:
     parts = child.parts
     await wait_readable(parts.line, STEP_TIMEOUT_S, "the forked Python process did not report")
     message, pid = receive_with_pid(parts.line, "the forked Python process died on its way")
+    if "died" in message:
+        raise MachineFailed(f"the forked Python process died on its way: {str(message['died'])[:500]}")
     check.check_repl(pid, namespaces=parts.namespaces, filters=nursery.filters)
     if parts.cgroup is not None:
         try:
@@ -156,7 +162,6 @@ async def _receive_repl(nursery: Nursery, child: ProcessMachine) -> None:
             raise MachineFailed(f"the forked Python process could not be put under its limits: {exc}") from exc
     child.fork_report = clean_report(message.get("born"))
     parts.line.send(b"go")
-    await wait_readable(parts.channel, STEP_TIMEOUT_S, "the guest of the forked machine did not start")
 
 
 def clean_report(report: object) -> dict[str, Any]:

@@ -17,7 +17,7 @@ class Layers:
         self._users: dict[str, int] = {}
 
     def new(self) -> str:
-        """Name of a layer that is to be filled; not counted yet.  The caller retains or `discard`s it."""
+        """Name of a layer that is to be filled; not counted yet.  The caller retains it."""
         name = f"l{secrets.token_hex(7)}"
         self._users[name] = 0
         return name
@@ -29,14 +29,16 @@ class Layers:
         for name in names:
             self._users[name] += 1
 
-    async def release(self, names: tuple[str, ...]) -> None:
-        """One user less of each; unused ones are removed."""
+    def give_back(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """One user less of each; the ones that nobody uses any more are the caller's to `remove`."""
         for name in names:
             self._users[name] -= 1
-            if self._users[name] <= 0:
-                await self.discard(name)
+        unused = tuple(name for name in names if self._users[name] <= 0)
+        for name in unused:
+            del self._users[name]
+        return unused
 
-    async def discard(self, name: str) -> None:
-        """Remove a layer that nobody uses."""
-        del self._users[name]
-        await asyncio.get_running_loop().run_in_executor(None, remove_tree, self.path(name))
+    async def release(self, names: tuple[str, ...]) -> None:
+        """One user less of each; unused ones are removed."""
+        for name in self.give_back(names):
+            await asyncio.get_running_loop().run_in_executor(None, remove_tree, self.path(name))

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any
 from podflare.engines.base import Death, Limits, Machine, MachineSpec, Usage, Wall
 from podflare.engines.linux.cgroups import Cgroup
 from podflare.engines.process.family import END_TIMEOUT_S, Family, end_process
-from podflare.errors import MachineFailed
+from podflare.engines.process.waiting import wait_readable
+from podflare.errors import MachineFailed, PodflareError
 
 
 @dataclass
@@ -146,6 +148,8 @@ async def empty_machine(parts: Parts, agent_pid: int) -> None:
 
 async def end_parts(parts: Parts) -> None:
     """End every process of a machine and release all but its files.  Never raises for what is already gone."""
+    if parts.agent_pidfd < 0:
+        await _give_up_birth(parts.birth)
     parts.release()
     pidfd, parts.agent_pidfd = parts.agent_pidfd, -1
     if pidfd >= 0:
@@ -156,6 +160,22 @@ async def end_parts(parts: Parts) -> None:
     if parts.cgroup is not None:
         group = parts.cgroup
         await asyncio.get_running_loop().run_in_executor(None, lambda: group.remove(timeout_s=END_TIMEOUT_S))
+
+
+async def _give_up_birth(birth: socket.socket) -> None:
+    """Wait until nobody is at the other end of a birth socket: an agent whose pid is not known yet, or its maker.
+
+    An agent that finds the end of the socket instead of "go" exits; until then it still makes directories.
+    """
+    deadline = time.monotonic() + END_TIMEOUT_S
+    try:
+        birth.shutdown(socket.SHUT_WR)
+        while time.monotonic() < deadline:
+            await wait_readable(birth, END_TIMEOUT_S, "a machine that was given up did not end")
+            if not birth.recv(4096):
+                return
+    except (OSError, PodflareError):
+        return  # closed, or it hangs in the kernel: then its directory stays until the daemon's next start
 
 
 def remove_tree(path: Path) -> None:
