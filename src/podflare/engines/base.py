@@ -9,6 +9,8 @@ import socket
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from podflare.wire.api import Diff
+
 Wall = Literal[
     "user_namespace",
     "pid_namespace",
@@ -124,6 +126,18 @@ class Machine(Protocol):
         Raises: NotBuilt if the engine cannot fork; Conflict if this machine cannot be forked any deeper;
             MachineFailed, IsolationIncomplete, NoCapacity, DeadlineExceeded.  On any of them no copy exists.
         If cancelled: no copy exists, and this machine is unchanged.
+        """
+
+    async def diff(self, other: Machine, paths: tuple[str, ...], *, detail: bool, timeout_s: float) -> Diff:
+        """Which files below `paths` the other machine has otherwise.  Neither is disturbed; running cells write on.
+
+        Links are compared, never followed.  Cost follows what the two changed since they were one.
+        Args:
+            other: a machine of the same engine.
+            paths: absolute, without `.` and `..`.
+            detail: tell sizes, and text changes as patches.
+        Raises: NotBuilt if the engine cannot compare; TooLarge if more differs than an answer holds; MachineFailed
+            if one of them is gone; DeadlineExceeded.
         """
 
     async def wait_dead(self) -> Death:

@@ -21,6 +21,7 @@ import anyio.abc
 from podflare.engines.base import Death, EngineReport, Limits, Machine, MachineSpec, Usage, Wall
 from podflare.engines.bundle import build_bundle
 from podflare.errors import DeadlineExceeded, MachineFailed, NotBuilt, UnknownTemplate
+from podflare.wire.api import Diff
 
 _END_TIMEOUT_S = 10.0
 
@@ -59,6 +60,9 @@ class FakeMachine:
 
     async def fork(self, count: int, *, reseed: bool, timeout_s: float) -> tuple[Machine, ...]:
         raise NotBuilt("the fake engine has no namespaces to fork a machine into")
+
+    async def diff(self, other: Machine, paths: tuple[str, ...], *, detail: bool, timeout_s: float) -> Diff:
+        raise NotBuilt("the fake engine has no layers to compare")
 
     async def wait_dead(self) -> Death:
         status = await self._process.wait()

@@ -18,6 +18,11 @@ MAX_LIFETIME_S = 366 * 86400
 MAX_METADATA_ITEMS = 32
 MAX_FORKS = 32
 """Children of one fork call."""
+DEFAULT_FORK_TIMEOUT_S = 50.0
+"""Below the 60 s after which the original's client gives up on a silent fork."""
+MAX_DIFF_PATHS = 64
+DIFF_PATHS = ("/root", "/tmp")
+"""What a diff compares unless it is told."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,68 @@ class ExecRequest:
 
 
 @dataclass(frozen=True)
+class ForkRequest:
+    """Body of POST /v1/sandboxes/{id}/fork."""
+
+    n: int = 1
+    reseed: bool = True
+    timeout_seconds: float = DEFAULT_FORK_TIMEOUT_S
+    """For all of it: waiting for a running cell, and the fork."""
+
+    @classmethod
+    def from_json(cls, body: Dict[str, Any]) -> "ForkRequest":
+        """Raises: BadRequest that names the key and what it must be."""
+        read = Fields(body, error=BadRequest, what="fork request")
+        timeout = read.optional_number("timeout_seconds", low=0.001, high=MAX_LIFETIME_S)
+        return cls(
+            n=read.integer("n", low=1, high=MAX_FORKS, default=1),
+            reseed=read.flag("reseed", default=True),
+            timeout_seconds=DEFAULT_FORK_TIMEOUT_S if timeout is None else timeout,
+        )
+
+
+@dataclass(frozen=True)
+class PathChange:
+    """How one path differs between two sandboxes."""
+
+    kind: str
+    """file, directory, link, fifo, socket or device; of a path that changed its kind the new one."""
+    size_before: Optional[int] = None
+    """Bytes; None where the path is not, and for what has no size."""
+    size_after: Optional[int] = None
+    patch: Optional[str] = None
+    """The change as a unified diff, for text."""
+
+    def to_json(self) -> Dict[str, Any]:
+        body: Dict[str, Any] = {"kind": self.kind, "size_before": self.size_before, "size_after": self.size_after}
+        if self.patch is not None:
+            body["patch"] = self.patch
+        return body
+
+
+@dataclass(frozen=True)
+class Diff:
+    """Which paths differ between one sandbox and another: absolute, sorted.  Answer of GET .../diff/{other}."""
+
+    added: Tuple[str, ...]
+    """Only the other one has them."""
+    removed: Tuple[str, ...]
+    modified: Tuple[str, ...]
+    detail: Optional[Mapping[str, PathChange]] = None
+    """By path, if it was asked for."""
+
+    def to_json(self) -> Dict[str, Any]:
+        body: Dict[str, Any] = {
+            "added": list(self.added),
+            "removed": list(self.removed),
+            "modified": list(self.modified),
+        }
+        if self.detail is not None:
+            body["detail"] = {path: change.to_json() for path, change in self.detail.items()}
+        return body
+
+
+@dataclass(frozen=True)
 class ForkReport:
     """What of the parent could not cross into a fork: it stayed with the parent, the fork goes on without it."""
 
@@ -111,7 +178,7 @@ class SandboxInfo:
     parent_id: Optional[str] = None
     """The sandbox that this one was forked from, which may be gone by now."""
     generation: int = 0
-    """Forks between the sandbox that was created and this one; 0 for one that is no fork."""
+    """How many forks lie between the sandbox that was created and the state that this one has now."""
     children: Tuple[str, ...] = ()
     """Ids of its forks that live."""
     fork_report: Optional[ForkReport] = None

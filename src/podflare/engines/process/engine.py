@@ -10,6 +10,7 @@ from podflare.engines.base import EngineOptions, EngineReport, MachineSpec
 from podflare.engines.linux import cgroups, seccomp
 from podflare.engines.process import probe
 from podflare.engines.process.birth import Nursery, Unborn, prepare, receive_confined, send_order
+from podflare.engines.process.diff import compare_machines
 from podflare.engines.process.disk import DiskWatch
 from podflare.engines.process.facts import HostFacts, read_facts
 from podflare.engines.process.fork import fork_machine
@@ -148,6 +149,7 @@ class ProcessEngine:
         self._disk.add(machine)
         machine.on_close = self._remove
         machine.on_fork = self._fork
+        machine.on_diff = compare_machines
         machine.watch()
 
     async def _fork(

@@ -60,6 +60,13 @@ class Family:
         if answer["error"]:
             raise MachineFailed(f"the files of the sandbox could not be copied: {answer['error']}")
 
+    def order_comparison(self, order: dict[str, Any], answer_to: int) -> None:
+        """Have the layers of two machines compared (guest/process/comparison.py), the answer sent to a socket.
+
+        Raises: MachineFailed if the family is gone.
+        """
+        self._send({"compare": order}, [answer_to])
+
     def _send(self, body: dict[str, Any], fds: list[int]) -> None:
         try:
             socket.send_fds(self._control, [json.dumps(body).encode()], fds)

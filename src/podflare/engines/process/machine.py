@@ -18,6 +18,7 @@ from podflare.engines.linux.cgroups import Cgroup
 from podflare.engines.process.family import END_TIMEOUT_S, Family, end_process
 from podflare.engines.process.waiting import wait_readable
 from podflare.errors import MachineFailed, PodflareError
+from podflare.wire.api import Diff
 
 
 @dataclass
@@ -66,6 +67,7 @@ class ProcessMachine:
         self.fork_orders = 0
         self.on_close: Callable[[ProcessMachine], Any] | None = None
         self.on_fork: Forker | None = None
+        self.on_diff: Callable[..., Any] | None = None
         self._death: asyncio.Future[Death] = asyncio.get_running_loop().create_future()
         self._closing: asyncio.Task[None] | None = None
         self._watching = False
@@ -120,6 +122,12 @@ class ProcessMachine:
             raise MachineFailed(f"machine {self.id} is gone")
         children: tuple[Machine, ...] = await self.on_fork(self, count, reseed, timeout_s)
         return children
+
+    async def diff(self, other: Machine, paths: tuple[str, ...], *, detail: bool, timeout_s: float) -> Diff:
+        if self.on_diff is None or not isinstance(other, ProcessMachine):
+            raise MachineFailed(f"machine {other.id} is none of this engine")
+        found: Diff = await self.on_diff(self, other, paths, detail=detail, timeout_s=timeout_s)
+        return found
 
     async def wait_dead(self) -> Death:
         return await asyncio.shield(self._death)

@@ -19,6 +19,7 @@ from podflare.guest import agent
 from podflare.guest import syscalls as sc
 from podflare.guest.process import confine
 from podflare.guest.process.capture import capture_layers
+from podflare.guest.process.comparison import answer_comparison
 from podflare.wire.plan import MachinePlan, StagePlan, machine_from_dict
 
 MAX_ORDER_BYTES = 160 * 1024
@@ -74,6 +75,8 @@ def _serve(stage: StagePlan, control: socket.socket) -> None:
                     order = json.loads(data)
                     if "capture" in order:
                         _capture(control, order)
+                    elif "compare" in order:
+                        _compare(stage, order["compare"], fds[0])
                     else:
                         _make_machines(stage, order, fds, own_pid_ns)
                 finally:
@@ -91,6 +94,15 @@ def _capture(control: socket.socket, order: Dict[str, Any]) -> None:
             except BaseException as exc:
                 answer["error"] = f"{type(exc).__name__}: {exc}"
             _tell(control.fileno(), answer)
+        finally:
+            os._exit(0)
+
+
+def _compare(stage: StagePlan, order: Dict[str, Any], answer_to: int) -> None:
+    """In a process of its own, too, which answers on a socket of its own: several may run."""
+    if os.fork() == 0:
+        try:
+            answer_comparison(stage, order, answer_to)
         finally:
             os._exit(0)
 
