@@ -186,9 +186,12 @@ def test_agent_ignores_signals_of_user_code(guest):
 def test_signals_are_default_for_user_processes(guest):
     """What the agent ignores is not ignored by what user code starts."""
     check = "grep SigIgn /proc/self/status"
-    assert int(guest.bash(check).out.split()[1], 16) == 0
+    # 32 and 33 belong to libc, which lets nobody change them: whoever starts a program by posix_spawn (make does)
+    # leaves them ignored.
+    libc = 0b11 << 31
+    assert int(guest.bash(check).out.split()[1], 16) & ~libc == 0
     mask = int(guest.run(f"import subprocess; print(subprocess.getoutput('{check}'))").out.split()[1], 16)
-    assert mask == 0
+    assert mask & ~libc == 0
 
 
 def test_guest_that_cannot_be_confined_never_gets_ready(bundle, home, private_temp):
