@@ -312,7 +312,9 @@ def test_forked_child_has_its_own_connections(sandbox: Sandbox) -> None:
 def _is_inet_socket(fd: str) -> bool:
     """Whether it is a connection over loopback, and not a socket of the test's own engine or event loop."""
     try:
-        with socket.socket(fileno=os.dup(int(fd))) as sock:
-            return sock.family == socket.AF_INET
+        if not os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
+            return False
     except OSError:
         return False
+    with socket.socket(fileno=os.dup(int(fd))) as sock:
+        return sock.family == socket.AF_INET
