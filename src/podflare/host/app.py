@@ -24,7 +24,7 @@ from podflare.host.daemon import Daemon
 from podflare.host.origin import check_origin
 from podflare.host.sandbox import Sandbox
 from podflare.host.telemetry import current_trace, parse_traceparent
-from podflare.wire.api import CreateRequest, ExecRequest, error_body
+from podflare.wire.api import CreateRequest, DiffRequest, ExecRequest, ForkRequest, error_body
 from podflare.wire.events import STDERR, STDOUT
 
 NDJSON = b"application/x-ndjson"
@@ -35,9 +35,6 @@ Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
 Result = TypeVar("Result")
 
 NOT_BUILT = {
-    "fork": [("POST", "/v1/sandboxes/{id}/fork")],
-    "merge_into": [("POST", "/v1/sandboxes/{id}/merge_into/{winner}")],
-    "diff": [("GET", "/v1/sandboxes/{id}/diff/{other}"), ("POST", "/v1/sandboxes/{id}/diff/{other}")],
     "pty": [
         ("GET", "/v1/sandboxes/{id}/pty"),
         ("POST", "/v1/sandboxes/{id}/pty"),
@@ -88,6 +85,9 @@ class App:
             ("GET", "/v1/sandboxes", self._list),
             ("GET", one, self._get),
             ("DELETE", one, self._delete),
+            ("POST", f"{one}/fork", self._fork),
+            ("POST", f"{one}/merge_into/{{winner}}", self._merge),
+            ("GET", f"{one}/diff/{{other}}", self._diff),
             ("POST", f"{one}/interrupt", self._interrupt),
             ("GET", f"{one}/replay", self._replay),
             ("PUT", f"{one}/files", self._upload),
@@ -199,7 +199,7 @@ class App:
         await http.send_json(send, 200, self._describe(sandbox))
 
     def _describe(self, sandbox: Sandbox) -> dict[str, Any]:
-        body = sandbox.info().to_json()
+        body = self._daemon.describe(sandbox).to_json()
         if self._config.region is not None:
             body["region"] = self._config.region
         if self._config.public_url is not None:
@@ -218,6 +218,27 @@ class App:
     async def _delete(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._daemon.close(scope["path_params"]["id"], scope["owner"])
         await http.send_nothing(send)
+
+    # Branches.
+
+    async def _fork(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = ForkRequest.from_json(await self._object(scope, receive, "fork request"))
+        forking = self._daemon.branches.fork(scope["path_params"]["id"], scope["owner"], request)
+        children = await while_connected(receive, forking)
+        await http.send_json(send, 200, {"children": [child.id for child in children]})
+
+    async def _merge(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._object(scope, receive, "merge request")
+        names = scope["path_params"]
+        await while_connected(receive, self._daemon.branches.merge(names["id"], names["winner"], scope["owner"]))
+        await http.send_nothing(send)
+
+    async def _diff(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = DiffRequest.from_query(http.query_fields(scope))
+        names = scope["path_params"]
+        comparing = self._daemon.branches.diff(names["id"], names["other"], scope["owner"], request)
+        found = await while_connected(receive, comparing)
+        await http.send_json(send, 200, found.to_json())
 
     # Cells.
 

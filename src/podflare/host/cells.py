@@ -114,11 +114,11 @@ class Cell:
 
     # Running.
 
-    def start(self, link: GuestLink) -> None:
+    def start(self, link: GuestLink, *, name: str) -> None:
         """Send the cell to the guest.  Raises: TooLarge, MachineFailed; then it did not start."""
         self._channel = link.attach(self)
         try:
-            message = Exec(self.request.code, self.request.language, name=f"<cell {self.number}>")
+            message = Exec(self.request.code, self.request.language, name=name)
             link.say(self._channel, message)
         except BaseException:
             link.detach(self._channel)
@@ -127,6 +127,11 @@ class Cell:
         self.started_at_s = time.monotonic()
         if self.request.timeout_seconds is not None:
             self._after(self.request.timeout_seconds, lambda: self.stop(STOP_TIMED_OUT))
+
+    def tell(self, line: str) -> None:
+        """A line of the host's own, on stderr."""
+        self._feed.put(events.STDERR, line, _now_ms())
+        self._awake.set()
 
     @property
     def duration_s(self) -> float:

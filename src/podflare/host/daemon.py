@@ -9,14 +9,15 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import anyio
 from anyio.abc import TaskGroup
 
-from podflare.engines.base import Engine, Limits, MachineSpec
+from podflare.engines.base import Engine, Limits, Machine, MachineSpec
 from podflare.errors import (
     Conflict,
     MachineFailed,
@@ -27,14 +28,17 @@ from podflare.errors import (
     UnknownTemplate,
 )
 from podflare.host import telemetry
+from podflare.host.branches import Branches
 from podflare.host.config import Config
+from podflare.host.guest_link import GuestLink
 from podflare.host.kept import Room
+from podflare.host.lineage import Lineage, Terms
 from podflare.host.pool import Pool, Warm
 from podflare.host.recover import Instance
 from podflare.host.registry import NOT_FOUND, Registry, new_sandbox_id
-from podflare.host.sandbox import Sandbox, Terms
+from podflare.host.sandbox import Sandbox
 from podflare.host.store import Store
-from podflare.wire.api import DEFAULT_RAM_MIB, DEFAULT_ROOTFS_GB, DEFAULT_TEMPLATE, CreateRequest
+from podflare.wire.api import DEFAULT_RAM_MIB, DEFAULT_ROOTFS_GB, DEFAULT_TEMPLATE, CreateRequest, SandboxInfo
 
 MAX_REMEMBERED_KEYS = 10_000
 CLOSE_WAIT_S = 20.0
@@ -75,6 +79,7 @@ class Daemon:
             config.pool_size,
             create_timeout_s=config.create_timeout_s,
         )
+        self.branches = Branches(self.registry, starting=self._start, add=self._add)
 
     async def run(self, tasks: TaskGroup) -> None:
         """Start the background tasks in `tasks`; the engine has been started."""
@@ -137,8 +142,7 @@ class Daemon:
     async def _create(self, request: CreateRequest, owner: str) -> Sandbox:
         start = time.monotonic()
         self._admit(request)
-        self._starting += 1
-        try:
+        with self._start(1):
             warm = await self._machine(request)
             if self._closing:
                 with anyio.CancelScope(shield=True):
@@ -146,10 +150,6 @@ class Daemon:
                     await warm.machine.aclose()
                 raise NoCapacity(SHUT_DOWN)
             sandbox = self._adopt(request, owner, warm)
-        finally:
-            self._starting -= 1
-            if self._closing and not self._starting:
-                self._none_starting.set()
         telemetry.event(
             "sandbox claimed",
             sandbox=sandbox.id,
@@ -167,8 +167,23 @@ class Daemon:
         if request.template not in self.engine.templates:
             known = ", ".join(self.engine.templates)
             raise UnknownTemplate(f"unknown template {request.template!r}; this daemon has: {known}")
-        if len(self.registry) + self._starting >= self.config.max_sandboxes:
-            raise NoCapacity(f"this daemon runs {len(self.registry)} sandboxes, its limit: {self.config.max_sandboxes}")
+
+    @contextmanager
+    def _start(self, count: int) -> Iterator[None]:
+        """Room for `count` sandboxes that are made within the block.  Raises: NoCapacity."""
+        if self._closing:
+            raise NoCapacity(SHUT_DOWN)
+        if len(self.registry) + self._starting + count > self.config.max_sandboxes:
+            more = "" if count == 1 else f", and {count} more are asked for"
+            limit = self.config.max_sandboxes
+            raise NoCapacity(f"this daemon runs {len(self.registry)} sandboxes, its limit: {limit}{more}")
+        self._starting += count
+        try:
+            yield
+        finally:
+            self._starting -= count
+            if self._closing and not self._starting:
+                self._none_starting.set()
 
     async def _machine(self, request: CreateRequest) -> Warm:
         spec = MachineSpec(request.template, _limits(request.ram_mib, request.rootfs_gb))
@@ -181,23 +196,29 @@ class Daemon:
 
     def _adopt(self, request: CreateRequest, owner: str, warm: Warm) -> Sandbox:
         config = self.config
+        terms = Terms(
+            template=request.template,
+            ram_mib=request.ram_mib,
+            rootfs_gb=request.rootfs_gb,
+            timeout_seconds=config.lifetime_s if request.timeout_seconds is None else request.timeout_seconds,
+            idle_timeout_seconds=(
+                config.idle_s if request.idle_timeout_seconds is None else request.idle_timeout_seconds
+            ),
+            metadata=dict(request.metadata),
+            warnings=_warnings(request, warm),
+        )
+        return self._add(owner, terms, Lineage(), warm.machine, warm.link)
+
+    def _add(self, owner: str, terms: Terms, lineage: Lineage, machine: Machine, link: GuestLink) -> Sandbox:
+        """The machine becomes a sandbox with an id."""
         sandbox = Sandbox(
             new_sandbox_id(),
             owner,
-            Terms(
-                template=request.template,
-                ram_mib=request.ram_mib,
-                rootfs_gb=request.rootfs_gb,
-                timeout_seconds=config.lifetime_s if request.timeout_seconds is None else request.timeout_seconds,
-                idle_timeout_seconds=(
-                    config.idle_s if request.idle_timeout_seconds is None else request.idle_timeout_seconds
-                ),
-                metadata=dict(request.metadata),
-                warnings=_warnings(request, warm),
-            ),
-            warm.machine,
-            warm.link,
-            config=config,
+            terms,
+            lineage,
+            machine,
+            link,
+            config=self.config,
             engine=self.engine.name,
             directory=self._instance.outputs,
             total_room=self._room,
@@ -226,6 +247,10 @@ class Daemon:
         sandbox.end(CLOSED)
         with anyio.move_on_after(CLOSE_WAIT_S):
             await sandbox.gone.wait()
+
+    def describe(self, sandbox: Sandbox) -> SandboxInfo:
+        """What is told about a sandbox."""
+        return sandbox.info(self.registry.forks_of(sandbox.id))
 
     async def shut_down(self) -> None:
         """End every sandbox, then the engine; bounded by `shutdown_s`, after which the engine alone is closed."""

@@ -18,6 +18,7 @@ from podflare.wire.api import MAX_BODY_BYTES
 from podflare.wire.codec import decode_object
 
 Headers = list[tuple[bytes, bytes]]
+MAX_QUERY_FIELDS = 128
 JSON_TYPE = (b"content-type", b"application/json")
 
 
@@ -34,13 +35,21 @@ def header(scope: Scope, name: bytes) -> str | None:
     return None
 
 
-def query(scope: Scope, name: str) -> str | None:
-    """A query parameter.  Bytes that are not UTF-8 (file names may hold them) survive as surrogates."""
+def query_fields(scope: Scope) -> list[tuple[str, str]]:
+    """All query parameters.  Bytes that are not UTF-8 (file names may hold them) survive as surrogates.
+
+    Raises: BadRequest for too many.
+    """
     text: str = scope["query_string"].decode("latin-1")
-    for key, value in parse_qsl(text, keep_blank_values=True, errors="surrogateescape", max_num_fields=32):
-        if key == name:
-            return value
-    return None
+    try:
+        return parse_qsl(text, keep_blank_values=True, errors="surrogateescape", max_num_fields=MAX_QUERY_FIELDS)
+    except ValueError as exc:
+        raise BadRequest(f"the query has more than {MAX_QUERY_FIELDS} parameters") from exc
+
+
+def query(scope: Scope, name: str) -> str | None:
+    """The first query parameter of that name.  Raises: as query_fields."""
+    return next((value for key, value in query_fields(scope) if key == name), None)
 
 
 def content_length(scope: Scope) -> int | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from podflare.errors import NotBuilt
-from podflare.wire.api import CreateRequest, ExecRequest, SandboxInfo
+from podflare.wire.api import CreateRequest, Diff, ExecRequest, ForkRequest, SandboxInfo
 
 MISSING = "the API page needs more packages: pip install 'podflare[docs-page]'"
 _FILES = {
@@ -61,8 +61,12 @@ def document() -> dict[str, Any]:
     except ImportError as exc:
         raise NotBuilt(MISSING) from exc
     schemas: dict[str, Any] = {
-        shape.__name__: TypeAdapter(shape).json_schema() for shape in (CreateRequest, ExecRequest, SandboxInfo)
+        shape.__name__: TypeAdapter(shape).json_schema(ref_template="#/components/schemas/{model}")
+        for shape in (CreateRequest, ExecRequest, ForkRequest, Diff, SandboxInfo)
     }
+    # Shapes within shapes: one place for all.
+    for schema in list(schemas.values()):
+        schemas.update(schema.pop("$defs", {}))
     schemas["Error"] = _object(error="string", code="string")
     schemas["Sandboxes"] = {
         "type": "object",
@@ -133,6 +137,10 @@ def _paths() -> dict[str, Any]:
         "type": "object",
         "properties": {"interrupted": {"type": "boolean"}, "cell_id": {"type": ["string", "null"]}},
     }
+    children = {
+        "type": "object",
+        "properties": {"children": {"type": "array", "items": {"type": "string"}}},
+    }
     paths: dict[str, Any] = {
         "/v1/healthz": {"get": _operation("Alive?", gives=_content("text/plain", {"const": "ok"}))},
         "/v1/capacity": {"get": _operation("Pool and limits", gives=_content("application/json", {"type": "object"}))},
@@ -148,6 +156,23 @@ def _paths() -> dict[str, Any]:
         },
         "/v1/sandboxes/{id}/exec": {
             "post": _operation("Run a cell", takes=_content("application/json", _ref("ExecRequest")), gives=events)
+        },
+        "/v1/sandboxes/{id}/fork": {
+            "post": _operation(
+                "Fork a sandbox",
+                takes=_content("application/json", _ref("ForkRequest")),
+                gives=_content("application/json", children),
+            )
+        },
+        "/v1/sandboxes/{id}/merge_into/{winner}": {
+            "post": _operation("Replace a sandbox by another one", status=204),
+        },
+        "/v1/sandboxes/{id}/diff/{other}": {
+            "get": _operation(
+                "Files that differ",
+                gives=_content("application/json", _ref("Diff")),
+                query=[("paths", False), ("detail", False)],
+            )
         },
         "/v1/sandboxes/{id}/interrupt": {
             "post": _operation(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from dataclasses import replace
 
 from podflare.errors import SandboxNotFound
 from podflare.host.sandbox import Sandbox
@@ -26,18 +27,56 @@ class Registry:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._live: dict[str, Sandbox] = {}
+        self._forks: dict[str, dict[str, Sandbox]] = {}
+        """Live forks by the id of what they were forked from, which may be gone."""
 
     def __len__(self) -> int:
         return len(self._live)
 
     def add(self, sandbox: Sandbox) -> None:
         self._live[sandbox.id] = sandbox
+        self._hang(sandbox)
         self._store.issued(sandbox.id, sandbox.owner)
 
     def ended(self, sandbox: Sandbox, cause: str) -> None:
         """From now on the sandbox is one that was."""
         self._live.pop(sandbox.id, None)
+        self._unhang(sandbox)
         self._store.ended(sandbox.id, cause)
+
+    def _hang(self, sandbox: Sandbox) -> None:
+        if sandbox.lineage.parent_id is not None:
+            self._forks.setdefault(sandbox.lineage.parent_id, {})[sandbox.id] = sandbox
+
+    def _unhang(self, sandbox: Sandbox) -> None:
+        parent_id = sandbox.lineage.parent_id
+        siblings = self._forks.get(parent_id, {}) if parent_id is not None else {}
+        siblings.pop(sandbox.id, None)
+        if parent_id is not None and not siblings:
+            self._forks.pop(parent_id, None)
+
+    def _move(self, sandbox: Sandbox, parent_id: str | None) -> None:
+        self._unhang(sandbox)
+        sandbox.lineage = replace(sandbox.lineage, parent_id=parent_id)
+        self._hang(sandbox)
+
+    def forks_of(self, sandbox_id: str) -> tuple[str, ...]:
+        """Ids of its live forks, oldest first."""
+        return tuple(self._forks.get(sandbox_id, ()))
+
+    def succeed(self, winner: Sandbox, heir: Sandbox) -> None:
+        """`heir` is about to become what `winner` is: the winner's forks are then its own.
+
+        An heir that descends from the winner takes its place in the tree, which thereby stays one.
+        """
+        above = heir.lineage.parent_id
+        while above is not None and above != winner.id:
+            known = self._live.get(above)
+            above = known.lineage.parent_id if known is not None else None
+        if above is not None:
+            self._move(heir, winner.lineage.parent_id)
+        for fork in list(self._forks.get(winner.id, {}).values()):
+            self._move(fork, heir.id)
 
     def owned_by(self, owner: str) -> list[Sandbox]:
         """Oldest first."""

@@ -1,6 +1,7 @@
 """One sandbox: its machine, the queue of its cells, its file transfers, its kept outputs, its lifetimes, its end.
 
-Knows no HTTP and no other sandbox.  Every way to end goes through `end`, which says the cause to everybody concerned.
+Knows no HTTP, and of other sandboxes only the one that it is to become.  Every way to end says the cause to everybody
+concerned.
 """
 
 from __future__ import annotations
@@ -9,21 +10,22 @@ import asyncio
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
 
 from podflare.engines.base import Machine, Usage
-from podflare.errors import CellNotFound, PodflareError, QuotaExceeded, SandboxNotFound
+from podflare.errors import CellNotFound, DeadlineExceeded, PodflareError, QuotaExceeded, SandboxNotFound
 from podflare.host import telemetry, transfers
 from podflare.host.cells import STOP_INTERRUPTED, Cell, Ending, check_fits, judge
 from podflare.host.config import Config
 from podflare.host.guest_link import GuestLink
 from podflare.host.kept import KeptOutput, Room, SharedRoom
 from podflare.host.lifecycle import State, Step, step
+from podflare.host.lineage import Lineage, Terms, losses
 from podflare.host.output import ReplayBuffer
 from podflare.wire import events
 from podflare.wire.api import ExecRequest, SandboxInfo
@@ -34,19 +36,17 @@ QUIET_CELL_S = 0.1
 CAUSE_WAIT_S = 1.0
 """A closed channel is only the symptom: so long the machine may take to say why it died."""
 USAGE_TIMEOUT_S = 2.0
+TURN_END_TIMEOUT_S = 30.0
 
 
-@dataclass(frozen=True)
-class Terms:
-    """What the caller was granted."""
+class Turn:
+    """A place in a sandbox's queue for what is no cell: a fork or a merge."""
 
-    template: str
-    ram_mib: int
-    rootfs_gb: int
-    timeout_seconds: int | None
-    idle_timeout_seconds: int | None
-    metadata: Mapping[str, str]
-    warnings: tuple[str, ...] = ()
+    def __init__(self) -> None:
+        self.granted = asyncio.Event()
+        self.over = asyncio.Event()
+        self.scope = anyio.CancelScope()
+        """Of all that is done within the turn; cancelled if the sandbox ends."""
 
 
 class Sandbox:
@@ -57,6 +57,7 @@ class Sandbox:
         sandbox_id: str,
         owner: str,
         terms: Terms,
+        lineage: Lineage,
         machine: Machine,
         link: GuestLink,
         *,
@@ -71,6 +72,8 @@ class Sandbox:
         self.id = sandbox_id
         self.owner = owner
         self.terms = terms
+        self.lineage = lineage
+        self.engine = engine
         self.config = config
         self.state = step(State.STARTING, Step.STARTED)
         self.replay = ReplayBuffer(config.replay_events, config.replay_bytes)
@@ -78,7 +81,6 @@ class Sandbox:
         self.cause = ""
         self._machine = machine
         self._link = link
-        self._engine = engine
         self._directory = directory
         self._room = SharedRoom(config.keep_sandbox_bytes, total_room, self._drop_oldest_kept)
         self._spawn = spawn
@@ -86,10 +88,13 @@ class Sandbox:
         self._created_at_ms = time.time_ns() // 1_000_000
         self._born_s = self._active_s = time.monotonic()
         self._timer: asyncio.TimerHandle | None = None
-        self._current: Cell | None = None
-        self._waiting: deque[Cell] = deque()
+        self._current: Cell | Turn | None = None
+        self._waiting: deque[Cell | Turn] = deque()
         self._kept: deque[Cell] = deque()
         self._cells = 0
+        self._names = lineage.cells
+        """Cells that ran in the machine's memory; no two of them may share a name, by which tracebacks find lines."""
+        self._notice = losses(lineage.fork_report)
         self._transfers = 0
         self._oom_kills = 0
         self._out_of_memory = False
@@ -107,8 +112,7 @@ class Sandbox:
         """
         self.touch()
         check_fits(request)
-        if len(self._waiting) >= self.config.max_waiting_cells:
-            raise QuotaExceeded(f"{len(self._waiting)} cells wait in sandbox {self.id} already; they run one at a time")
+        self._check_queue()
         self._cells += 1
         cell = Cell(self._cells, f"cell_{secrets.token_hex(8)}", request, self, self._directory, self._room)
         self._keep(cell)
@@ -118,14 +122,22 @@ class Sandbox:
             self._waiting.append(cell)
         return cell
 
+    def _check_queue(self) -> None:
+        if len(self._waiting) >= self.config.max_waiting_cells:
+            raise QuotaExceeded(f"{len(self._waiting)} cells wait in sandbox {self.id} already; they run one at a time")
+
     def _run(self, cell: Cell) -> None:
         self._current = cell
         self.state = step(self.state, Step.CELL_STARTED)
         try:
-            cell.start(self._link)
+            self._names += 1
+            cell.start(self._link, name=f"<cell {self._names}>")
         except BaseException:
             self._cell_ended()
             raise
+        notice, self._notice = self._notice, ""
+        if notice:
+            cell.tell(notice)
 
     def _cell_ended(self) -> None:
         self._current = None
@@ -135,11 +147,15 @@ class Sandbox:
 
     def _advance(self) -> None:
         while self._waiting and self._current is None and not self.cause:
-            cell = self._waiting.popleft()
+            first = self._waiting.popleft()
+            if isinstance(first, Turn):
+                self._current = first
+                first.granted.set()
+                return
             try:
-                self._run(cell)
+                self._run(first)
             except PodflareError as exc:
-                cell.finish(Ending(1, "sandbox_failed", notes=(str(exc),)))
+                first.finish(Ending(1, "sandbox_failed", notes=(str(exc),)))
 
     def cell_said_exit(self, cell: Cell, message: Exit) -> None:
         suspicious = message.reason == DIED or message.code in (events.EXIT_KILLED, -9)
@@ -188,7 +204,7 @@ class Sandbox:
         """
         self.touch()
         cell = self._current if cell_id is None else self._find(cell_id)
-        if cell is None or cell.over:
+        if not isinstance(cell, Cell) or cell.over:
             return None
         if cell in self._waiting:
             self._waiting.remove(cell)
@@ -199,6 +215,93 @@ class Sandbox:
 
     def give_up(self, cause: str) -> None:
         self.end(f"machine closed: {cause}")
+
+    # Turns of other operations.
+
+    @asynccontextmanager
+    async def exclusive(self, *, wait_s: float, what: str) -> AsyncIterator[None]:
+        """Within the block no cell runs: it begins when all cells before are over, and those behind it wait.
+
+        Raises: DeadlineExceeded if they are not over within wait_s; QuotaExceeded if too many wait already;
+            SandboxNotFound if the sandbox is ending, or ends meanwhile, which cancels the block.
+        """
+        self.touch()
+        turn = Turn()
+        if self._current is None:
+            self._current = turn
+            turn.granted.set()
+        else:
+            self._check_queue()
+            self._waiting.append(turn)
+        try:
+            with turn.scope:
+                try:
+                    with anyio.fail_after(wait_s):
+                        await turn.granted.wait()
+                except TimeoutError:
+                    raise DeadlineExceeded(
+                        f"sandbox {self.id} was still running cells after {wait_s:g} s: {what}, nothing has changed"
+                    ) from None
+                yield
+            if turn.scope.cancelled_caught:
+                self.touch()
+        finally:
+            turn.over.set()
+            if turn is self._current:
+                self._current = None
+                self._active_s = time.monotonic()
+                self._advance()
+            elif turn in self._waiting:
+                self._waiting.remove(turn)
+
+    @property
+    def machine(self) -> Machine:
+        return self._machine
+
+    def heritage(self) -> Lineage:
+        """What a fork made now has of this sandbox."""
+        return Lineage(self.id, self.lineage.generation + 1, self._names)
+
+    def check_alive(self) -> None:
+        """Raises: SandboxNotFound if it is ending, also if only its machine's link is down so far."""
+        self.touch()
+        if self._link.down:
+            raise SandboxNotFound(f"sandbox not found: {self.id} is about to be gone: {self._link.down}")
+
+    def become(self, winner: Sandbox) -> asyncio.Event:
+        """Take over the machine of `winner`, which is gone then; own machine and state are given up.
+
+        Own id, clocks, labels, replay and kept outputs stay.  Without any await, so nobody sees a half of it.
+        Precondition: a turn is held in both, and both are alive.
+        Returns: set when nothing is left of the own former machine.
+        """
+        former, former_link, released = self._machine, self._link, asyncio.Event()
+        self._machine, self._link = winner._surrender(f"merged into {self.id}")
+        self._link.when_down = self._on_link_down
+        self.terms = replace(
+            winner.terms,
+            timeout_seconds=self.terms.timeout_seconds,
+            idle_timeout_seconds=self.terms.idle_timeout_seconds,
+            metadata=self.terms.metadata,
+        )
+        self.lineage = replace(winner.lineage, parent_id=self.lineage.parent_id)
+        self._names, self._notice, self._oom_kills = winner._names, winner._notice, winner._oom_kills
+        former_link.close(f"{winner.id} was merged into this sandbox")
+
+        async def release() -> None:
+            try:
+                await former.aclose()
+            finally:
+                released.set()
+
+        self._spawn(release)
+        self._spawn(self._watch_machine)
+        return released
+
+    def _surrender(self, cause: str) -> tuple[Machine, GuestLink]:
+        self._stop(cause)
+        self._forget()
+        return self._machine, self._link
 
     # Kept output.
 
@@ -301,32 +404,49 @@ class Sandbox:
         """Begin the end: cells and transfers end with `cause`, the machine is released behind it.  Idempotent."""
         if self.cause:
             return
+        turn = self._stop(cause)
+        if turn is not None:
+            turn.scope.cancel()
+        self._link.close(f"the sandbox is gone: {cause}")
+        self._spawn(lambda: self._release(turn))
+
+    def _stop(self, cause: str) -> Turn | None:
+        """From now on nobody can use it.  Returns the turn that is held."""
         self.cause = cause
         self.state = step(self.state, Step.END)
         if self._timer is not None:
             self._timer.cancel()
         self._ended(self, cause)
         reason = "out_of_memory" if self._out_of_memory else "sandbox_failed"
-        cells = [self._current, *self._waiting] if self._current is not None else list(self._waiting)
-        self._waiting.clear()
-        for cell in cells:
-            cell.finish(Ending(events.EXIT_KILLED, reason, notes=(f"the sandbox is gone: {cause}",)))
-        self._current = None
-        self._link.close(f"the sandbox is gone: {cause}")
-        self._spawn(self._release)
+        held, self._current = self._current, None
+        waiting, self._waiting = list(self._waiting), deque()
+        for one in ([held] if isinstance(held, Cell) else []) + waiting:
+            if isinstance(one, Cell):
+                one.finish(Ending(events.EXIT_KILLED, reason, notes=(f"the sandbox is gone: {cause}",)))
+            else:
+                one.scope.cancel()
+        return held if isinstance(held, Turn) else None
 
-    async def _release(self) -> None:
+    async def _release(self, turn: Turn | None) -> None:
         try:
+            if turn is not None:
+                # What a cancelled fork has made so far lies in the machine and must be gone before it.
+                with anyio.move_on_after(TURN_END_TIMEOUT_S):
+                    await turn.over.wait()
             await self._machine.aclose()
         finally:
-            for cell in self._kept:
-                cell.forget()
-            self.state = step(self.state, Step.RELEASED)
-            self.gone.set()
+            self._forget()
+
+    def _forget(self) -> None:
+        for cell in self._kept:
+            cell.forget()
+        self.state = step(self.state, Step.RELEASED)
+        self.gone.set()
 
     async def _watch_machine(self) -> None:
-        death = await self._machine.wait_dead()
-        if self.cause:
+        machine = self._machine
+        death = await machine.wait_dead()
+        if self.cause or machine is not self._machine:
             return
         self._out_of_memory = death.out_of_memory
         self.end(f"its machine died: {death.reason}")
@@ -335,21 +455,23 @@ class Sandbox:
         if violation:
             self.end(f"machine closed: {cause}")
         else:
-            self._spawn(lambda: self._end_after_cause(cause))
+            link = self._link
+            self._spawn(lambda: self._end_after_cause(link, cause))
 
-    async def _end_after_cause(self, cause: str) -> None:
+    async def _end_after_cause(self, link: GuestLink, cause: str) -> None:
         # _watch_machine ends the sandbox with the real cause if the machine knows one in time.
         with anyio.move_on_after(CAUSE_WAIT_S):
             await self.gone.wait()
-        self.end(f"machine closed: {cause}")
+        if link is self._link:
+            self.end(f"machine closed: {cause}")
 
-    def info(self) -> SandboxInfo:
+    def info(self, children: tuple[str, ...] = ()) -> SandboxInfo:
         """What is told about it.  `ready` also while a cell runs: it accepts work."""
         return SandboxInfo(
             id=self.id,
             state="ready" if self.state is State.BUSY else self.state.value,
             template=self.terms.template,
-            engine=self._engine,
+            engine=self.engine,
             isolation=tuple(self._machine.walls),
             egress=False,
             ram_mib=self.terms.ram_mib,
@@ -360,4 +482,8 @@ class Sandbox:
             created_at_ms=self._created_at_ms,
             metadata=self.terms.metadata,
             warnings=self.terms.warnings,
+            parent_id=self.lineage.parent_id,
+            generation=self.lineage.generation,
+            children=children,
+            fork_report=self.lineage.fork_report,
         )

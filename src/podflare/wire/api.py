@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import posixpath
 from dataclasses import asdict, dataclass, field
-from typing import Any, Dict, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterable, Mapping, Optional, Tuple
 
 from podflare.errors import BadRequest
 from podflare.wire.codec import Fields
-from podflare.wire.messages import LANGUAGES, MAX_CODE_CHARS
+from podflare.wire.messages import LANGUAGES, MAX_CODE_CHARS, MAX_PATH_CHARS
 
 DEFAULT_TEMPLATE = "default"
 DEFAULT_RAM_MIB = 1024
@@ -95,6 +96,41 @@ class ForkRequest:
             reseed=read.flag("reseed", default=True),
             timeout_seconds=DEFAULT_FORK_TIMEOUT_S if timeout is None else timeout,
         )
+
+
+@dataclass(frozen=True)
+class DiffRequest:
+    """Query of GET /v1/sandboxes/{id}/diff/{other}."""
+
+    paths: Tuple[str, ...] = DIFF_PATHS
+    """Absolute, without `.`, `..` and doubled slashes."""
+    detail: bool = False
+
+    @classmethod
+    def from_query(cls, fields: Iterable[Tuple[str, str]]) -> "DiffRequest":
+        """Raises: BadRequest that names what is wrong.  Unknown parameters are ignored (newer clients)."""
+        paths = []
+        detail = "false"
+        for name, value in fields:
+            if name == "paths":
+                paths.append(_normal_path(value))
+            elif name == "detail":
+                detail = value
+        if len(paths) > MAX_DIFF_PATHS:
+            raise BadRequest(f"diff request: {len(paths)} paths, the cap is {MAX_DIFF_PATHS}")
+        if detail not in ("true", "false"):
+            raise BadRequest(f"diff request: 'detail' must be true or false, got {detail!r:.60}")
+        return cls(tuple(paths) or DIFF_PATHS, detail == "true")
+
+
+def _normal_path(path: str) -> str:
+    if not path.startswith("/") or "\0" in path or len(path) > MAX_PATH_CHARS:
+        raise BadRequest(
+            f"diff request: each of 'paths' must be an absolute path of at most {MAX_PATH_CHARS} characters, "
+            f"got {path!r:.60}"
+        )
+    # normpath keeps two leading slashes, as POSIX allows.
+    return "/" + posixpath.normpath(path).lstrip("/")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""Daemons over the fake engine, and over guests that follow a script."""
+"""Daemons over the fake engine, over guests that follow a script, and over the process engine."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 from hosting import Host, running
 from scripted_guest import Script, ScriptedEngine
 
+from podflare.engines.base import EngineOptions
 from podflare.engines.fake import FakeEngine
+from podflare.engines.process.engine import ProcessEngine
 
 HostFactory = Callable[..., AbstractAsyncContextManager[Host]]
 
@@ -32,5 +35,21 @@ def scripted(data_dir: Path) -> HostFactory:
         async with anyio.create_task_group() as tasks:
             async with running(data_dir, ScriptedEngine(tasks, script), **settings) as found:
                 yield found
+
+    return start
+
+
+@pytest.fixture
+def walled(data_dir: Path) -> HostFactory:
+    """`async with walled(**settings)`: a daemon over the process engine."""
+
+    @asynccontextmanager
+    async def start(**settings: Any) -> AsyncIterator[Host]:
+        folder = data_dir / "engine"
+        folder.mkdir(mode=0o711)
+        engine = ProcessEngine(EngineOptions(data_dir=str(folder), instance=f"t{data_dir.name}"))
+        async with running(data_dir, engine, **settings) as found:
+            yield found
+        assert os.listdir(folder / "machines") == []
 
     return start

@@ -43,6 +43,24 @@ class Host:
         assert answer.status_code == 200, answer.text
         return events(answer.content)
 
+    async def fork(self, sandbox: str, **body: Any) -> list[str]:
+        answer = await self.client.post(f"/v1/sandboxes/{sandbox}/fork", json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+        return list(answer.json()["children"])
+
+    async def merge(self, sandbox: str, winner: str) -> httpx.Response:
+        return await self.client.post(f"/v1/sandboxes/{sandbox}/merge_into/{winner}", timeout=40)
+
+    async def info(self, sandbox: str) -> dict[str, Any]:
+        answer = await self.client.get(f"/v1/sandboxes/{sandbox}")
+        assert answer.status_code == 200, answer.text
+        return dict(answer.json())
+
+    async def diff(self, sandbox: str, other: str, **query: Any) -> dict[str, Any]:
+        answer = await self.client.get(f"/v1/sandboxes/{sandbox}/diff/{other}", params=query)
+        assert answer.status_code == 200, answer.text
+        return dict(answer.json())
+
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A raw connection."""
         if isinstance(self.address, str):

@@ -1,0 +1,155 @@
+"""Fork, merge and diff of live sandboxes: what concerns more than one of them at a time.  Knows no HTTP.
+
+Whoever needs the turn of two sandboxes takes them in the order of their ids, so nobody waits in a circle.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+
+import anyio
+
+from podflare.engines.base import Machine
+from podflare.errors import BadRequest, Conflict, MachineFailed
+from podflare.host import telemetry
+from podflare.host.guest_link import GuestLink
+from podflare.host.lineage import Lineage, Terms, read_report
+from podflare.host.registry import Registry
+from podflare.host.sandbox import Sandbox
+from podflare.wire.api import Diff, DiffRequest, ForkRequest
+
+READY_TIMEOUT_S = 10.0
+MERGE_WAIT_S = 20.0
+"""For running cells; with the next one below the 30 s after which the original's client gives up on a merge."""
+RELEASE_WAIT_S = 8.0
+"""A merge answers at the latest so long after it was done; the release of the old state goes on behind it."""
+DIFF_TIMEOUT_S = 25.0
+LEAST_S = 0.001
+
+
+class Branches:
+    """The operations of one daemon on its sandboxes' trees."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        *,
+        starting: Callable[[int], AbstractContextManager[None]],
+        add: Callable[[str, Terms, Lineage, Machine, GuestLink], Sandbox],
+    ) -> None:
+        """`starting(n)` is room for n new sandboxes within its block; `add` gives a machine an id."""
+        self._registry = registry
+        self._starting = starting
+        self._add = add
+
+    async def fork(self, sandbox_id: str, owner: str, request: ForkRequest) -> list[Sandbox]:
+        """New sandboxes that go on from where this one is now.  Waits for the cells before it.
+
+        Raises: SandboxNotFound, also if the sandbox ends meanwhile; NoCapacity, QuotaExceeded; DeadlineExceeded;
+            and as Machine.fork.  Then none of them exists.
+        If cancelled: none of them exists.
+        """
+        start = time.monotonic()
+        parent = await self._registry.get(sandbox_id, owner)
+        with self._starting(request.n):
+            async with parent.exclusive(wait_s=request.timeout_seconds, what="not forked"):
+                turn = time.monotonic()
+                left_s = max(LEAST_S, request.timeout_seconds - (turn - start))
+                try:
+                    machines = await parent.machine.fork(request.n, reseed=request.reseed, timeout_s=left_s)
+                except MachineFailed:
+                    parent.touch()  # if it is ending, that is the cause
+                    raise
+                links = await _open_links(machines)
+                heritage = parent.heritage()
+                children = [
+                    self._add(
+                        owner,
+                        parent.terms,
+                        replace(heritage, fork_report=read_report(machine.fork_report)),
+                        machine,
+                        link,
+                    )
+                    for machine, link in zip(machines, links, strict=True)
+                ]
+        telemetry.event(
+            "fork complete",
+            sandbox=parent.id,
+            children=",".join(child.id for child in children),
+            waited_ms=_ms(turn - start),
+            ms=_ms(time.monotonic() - turn),
+        )
+        return children
+
+    async def merge(self, sandbox_id: str, winner_id: str, owner: str) -> None:
+        """The first becomes what the winner is, and the winner is gone.  Waits for running cells of both.
+
+        Raises: BadRequest if they are one; SandboxNotFound; Conflict if their engines differ; QuotaExceeded;
+            DeadlineExceeded if cells run too long.  Then nothing has changed.
+        If cancelled: it is done, or nothing has changed.
+        """
+        if sandbox_id == winner_id:
+            raise BadRequest(f"{sandbox_id[:64]} cannot be merged into itself")
+        parent = await self._registry.get(sandbox_id, owner)
+        winner = await self._registry.get(winner_id, owner)
+        if parent.engine != winner.engine:
+            raise Conflict(f"{winner.id} runs on the engine {winner.engine}, {parent.id} on {parent.engine}")
+        first, second = sorted((parent, winner), key=lambda one: one.id)
+        ends_s = time.monotonic() + MERGE_WAIT_S
+        async with first.exclusive(wait_s=MERGE_WAIT_S, what="not merged"):
+            left_s = max(LEAST_S, ends_s - time.monotonic())
+            async with second.exclusive(wait_s=left_s, what="not merged"):
+                parent.check_alive()
+                winner.check_alive()
+                self._registry.succeed(winner, parent)
+                released = parent.become(winner)
+        telemetry.event("merged", sandbox=parent.id, winner=winner.id, machine=parent.machine.id)
+        with anyio.move_on_after(RELEASE_WAIT_S):
+            await released.wait()
+
+    async def diff(self, sandbox_id: str, other_id: str, owner: str, request: DiffRequest) -> Diff:
+        """Which files the other one has otherwise, now: running cells are not waited for.
+
+        Raises: SandboxNotFound; Conflict if one became another one meanwhile; and as Machine.diff.
+        """
+        pair = [await self._registry.get(one, owner) for one in (sandbox_id, other_id)]
+        for sandbox in pair:
+            sandbox.touch()
+        first, second = (sandbox.machine for sandbox in pair)
+        try:
+            found = await first.diff(second, request.paths, detail=request.detail, timeout_s=DIFF_TIMEOUT_S)
+        except MachineFailed:
+            self._check_same(pair, [first, second])
+            raise
+        self._check_same(pair, [first, second])
+        return found
+
+    @staticmethod
+    def _check_same(pair: list[Sandbox], machines: list[Machine]) -> None:
+        for sandbox, machine in zip(pair, machines, strict=True):
+            sandbox.touch()
+            if sandbox.machine is not machine:
+                raise Conflict(f"another sandbox was merged into {sandbox.id} while it was compared; ask again")
+
+
+async def _open_links(machines: tuple[Machine, ...]) -> list[GuestLink]:
+    """A link to each.  Failed or cancelled: all machines are closed."""
+    links: list[GuestLink] = []
+    try:
+        for machine in machines:
+            links.append(await GuestLink.open(machine, timeout_s=READY_TIMEOUT_S))
+    except BaseException:
+        for link in links:
+            link.close()
+        with anyio.CancelScope(shield=True):
+            for machine in machines:
+                await machine.aclose()
+        raise
+    return links
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 3)
