@@ -104,6 +104,8 @@ class ProcessMachine:
         return self.parts.directory
 
     async def set_limits(self, limits: Limits) -> None:
+        if self._death.done():
+            raise MachineFailed(f"machine {self.id} is gone")
         if limits == self.spec.limits:
             return
         try:
