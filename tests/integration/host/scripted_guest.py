@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import socket
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import anyio
 from anyio.abc import TaskGroup
@@ -75,8 +76,10 @@ Script = Callable[[ScriptedGuest], Awaitable[None]]
 class ScriptedMachine:
     """A machine that is only its channel."""
 
-    def __init__(self, spec: MachineSpec, channel: socket.socket) -> None:
+    def __init__(self, spec: MachineSpec, channel: socket.socket, engine: ScriptedEngine) -> None:
         self.id = "scripted-" + secrets.token_hex(4)
+        self.engine = engine
+        self.fork_report: dict[str, Any] = {}
         self.spec = spec
         self.walls: tuple[Wall, ...] = ()
         self.channel = channel
@@ -99,6 +102,9 @@ class ScriptedMachine:
 
     async def usage(self) -> Usage:
         return self.current_usage
+
+    async def fork(self, count: int, *, reseed: bool, timeout_s: float) -> tuple[ScriptedMachine, ...]:
+        return tuple([await self.engine.create(self.spec, timeout_s=timeout_s) for _ in range(count)])
 
     async def wait_dead(self) -> Death:
         await self._dead.wait()
@@ -139,7 +145,7 @@ class ScriptedEngine:
             raise self.refuse
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
-        machine = ScriptedMachine(spec, ours)
+        machine = ScriptedMachine(spec, ours, self)
         self.machines.append(machine)
         reader, writer = await asyncio.open_unix_connection(sock=theirs)
         self._tasks.start_soon(self._follow, ScriptedGuest(reader, writer, machine))
