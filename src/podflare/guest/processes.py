@@ -24,6 +24,7 @@ _DYING_POLL_S = 0.0005
 _PIDFD_GET_INFO = 0xC040FF0B  # _IOWR(0xFF, 11, 64 bytes)
 _PIDFD_INFO_EXIT = 1 << 3
 _REAP_WAITS = 100
+_SHARED_MEMORY = "/dev/shm"
 
 
 @dataclass(frozen=True)
@@ -138,13 +139,30 @@ class Census:
             return []
 
     def wait_for_nested(self) -> None:
-        """Return when no machine that was forked from this one is left: their end would come with this process's."""
-        if self.root == 1:
+        """Return when no machine that was forked from this one is left: their end would come with this process's.
+
+        Precondition: `end_all`; nobody uses this machine's shared memory any more, and it is given back at once.
+        """
+        if self.root == 1 and self._nested():
+            _empty(_SHARED_MEMORY)
             while self._nested():
                 try:
                     os.waitpid(-1, 0)
                 except ChildProcessError:
                     return
+
+
+def _empty(folder: str) -> None:
+    """Remove all that a directory holds, as far as that is possible."""
+    try:
+        for path, folders, files in os.walk(folder, topdown=False):
+            for name in files:
+                os.unlink(f"{path}/{name}")
+            for name in folders:
+                whole = f"{path}/{name}"
+                os.unlink(whole) if os.path.islink(whole) else os.rmdir(whole)
+    except (OSError, RecursionError):
+        pass
 
 
 def reap() -> List[Tuple[int, int]]:

@@ -182,6 +182,8 @@ class ProcessEngine:
         self._disk.discard(machine)
         if machine.nested:
             await empty_machine(machine.parts, machine.agent_pid)
+            # No fork has this machine's own layer below it, and its agent, which still mounts it, only waits.
+            await asyncio.get_running_loop().run_in_executor(None, remove_tree, machine.directory)
             return
         current: ProcessMachine | None = machine
         while current is not None:
