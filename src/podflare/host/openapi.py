@@ -20,6 +20,8 @@ _FILES = {
     "swagger-ui-bundle.js": "text/javascript",
     "favicon-32x32.png": "image/png",
 }
+_QUERY = {"paths": {"type": "array", "items": {"type": "string"}}, "detail": {"type": "boolean"}}
+"""Schemas of query parameters that are no strings."""
 _HTML = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>podflare API</title>
 <link rel="stylesheet" href="/docs/swagger-ui.css"><link rel="icon" href="/docs/favicon-32x32.png"></head>
@@ -123,7 +125,7 @@ def _operation(
         operation["requestBody"] = takes
     if query:
         operation["parameters"] = [
-            {"name": name, "in": "query", "required": required, "schema": {"type": "string"}}
+            {"name": name, "in": "query", "required": required, "schema": _QUERY.get(name, {"type": "string"})}
             for name, required in query
         ]
     return operation

@@ -280,7 +280,7 @@ async def test_the_replaced_state_is_really_gone(walled):
         await h.exec(parent, "open('/root/big', 'wb').write(b'x' * (4 << 20))")
         await h.exec(
             parent,
-            "import os; os.makedirs('/dev/shm/d/e')\nfor n in 'ab': open(f'/dev/shm/d/{n}', 'wb').write(bytes(32 << 20))",
+            "import os; os.makedirs('/dev/shm/d/e')\nfor n in 'ab': open('/dev/shm/d/' + n, 'wb').write(bytes(2**25))",
         )
         assert (await h.merge(parent, winner)).status_code == 204
         group = former.parts.cgroup
