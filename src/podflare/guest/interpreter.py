@@ -76,6 +76,7 @@ class Interpreter:
                     home=self._home,
                     before_repl=self._before_repl,
                     with_site=self._failed_starts <= _SITE_STARTS,
+                    first=self.python is None and self._failed_starts == 1,
                     fork_line=self._fork_line,
                 )
         except BaseException:

@@ -11,7 +11,7 @@ import os
 import site
 import sys
 from types import ModuleType
-from typing import List
+from typing import List, Optional
 
 import podflare.errors
 
@@ -19,6 +19,7 @@ BUNDLE = os.path.dirname(os.path.dirname(os.path.abspath(podflare.errors.__file_
 """The folder from which our own code was imported."""
 
 _kept: List[ModuleType] = []
+_prepared: Optional[List[str]] = None
 
 
 def make_main() -> ModuleType:
@@ -38,13 +39,29 @@ def hide_bundle() -> None:
     sys.argv = [""]
 
 
-def open_paths(*, with_site: bool) -> None:
+def prepare_paths() -> None:
+    """Run the template's site configuration now, for REPLs that start before user code could have changed it.
+
+    Called once in a process that many machines are forked from; its own sys.path stays as it is.
+    """
+    global _prepared
+    before = list(sys.path)
+    site.addsitepackages(set(before))
+    _prepared = [entry for entry in sys.path if entry not in before]
+    sys.path[:] = before
+
+
+def open_paths(*, with_site: bool, prepared: bool = False) -> None:
     """sys.path as `python -i` would have it in the present directory and HOME.
 
     Args:
         with_site: run the interpreter's site configuration, which may hold files that user code wrote.
+        prepared: take what `prepare_paths` found instead, if it was called.
     """
-    if with_site:
+    if prepared and _prepared is not None:
+        sys.path += _prepared
+        site.ENABLE_USER_SITE = True
+    elif with_site:
         known = site.venv(site.removeduppaths()) or set()
         site.ENABLE_USER_SITE = True
         user_packages = site.getusersitepackages()

@@ -20,6 +20,7 @@ from typing import Any, Callable, List, NoReturn, Optional, Tuple
 from podflare.guest import display, environment, namespace, tracebacks
 from podflare.guest.branch import HELLO, ChildFds, ForkLine, Newborn, fork_children
 from podflare.guest.cells import NO_VALUE, Awaiter, Compiler, exit_status
+from podflare.guest.descriptors import close_all_but
 from podflare.guest.interrupts import InterruptGate
 from podflare.guest.stdio import StandardStreams, high_copy
 from podflare.wire import frames
@@ -35,6 +36,7 @@ def main(
     home: str,
     before_repl: Callable[[], None],
     with_site: bool,
+    first: bool = False,
     fork_line: Optional[int] = None,
 ) -> NoReturn:
     """Turn this freshly forked child of the agent into a REPL and serve until the agent goes away.
@@ -44,6 +46,7 @@ def main(
         output: writing ends of the pipes for stdout and stderr.
         before_repl: the engine's last step of confinement; if it raises, this process ends.
         with_site: see namespace.open_paths.
+        first: no other REPL, and so no user code, ran in this machine before.
         fork_line: the guest's end of the fork line, where the engine has one (branch.py).
     """
     status = 1
@@ -56,7 +59,7 @@ def main(
         environment.enter_home(home)
         repl = Repl(link, StandardStreams(), line)
         namespace.hide_bundle()
-        namespace.open_paths(with_site=with_site)
+        namespace.open_paths(with_site=with_site, prepared=first)
         repl.serve()
         status = 0
     except BaseException as exc:  # noqa: BLE001  # whatever it is, this must not return into the agent's code
@@ -71,18 +74,12 @@ def main(
 def _take_over_descriptors(control: socket.socket, output: Tuple[int, int], line: Optional[ForkLine]) -> int:
     """Put standard streams on 0, 1, 2, the control socket high up; close everything else of the agent."""
     control_fd = high_copy(control.detach())
-    keep = {0, 1, 2, control_fd, -1 if line is None else line.fd}
+    keep = {0, 1, 2, control_fd} | (set() if line is None else {line.fd})
     null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
     for fd, source in enumerate((null, *output)):
         os.dup2(source, fd)
     os.set_blocking(control_fd, True)
-    for name in os.listdir("/proc/self/fd"):
-        fd = int(name)
-        if fd not in keep:
-            try:
-                os.close(fd)
-            except OSError:
-                pass  # the descriptor of the listing itself
+    close_all_but(keep)
     return control_fd
 
 

@@ -55,6 +55,7 @@ _NUMBERS = {
     "seccomp": (317, 277),
     "open_tree": (428, 428),
     "move_mount": (429, 429),
+    "close_range": (436, 436),
     "mount_setattr": (442, 442),
 }
 _COLUMN = {"x86_64": 0, "aarch64": 1}.get(platform.machine(), 0)
@@ -78,6 +79,11 @@ def _syscall(name: str, *args: object) -> int:
 
 def _path(path: Optional[str]) -> Optional[bytes]:
     return None if path is None else os.fsencode(path)
+
+
+def close_range(first: int, last: int) -> None:
+    """Close the descriptors from `first` to `last`; those that are not open are no error."""
+    _syscall("close_range", ctypes.c_uint(first), ctypes.c_uint(last), ctypes.c_uint(0))
 
 
 def unshare(flags: int) -> None:

@@ -105,6 +105,14 @@ def send_order(unborn: list[Unborn], plans: list[Any], family: Family, *, below:
             one.theirs = []
 
 
+def let_mount(unborn: Unborn) -> None:
+    """Tell the agent that the layers of its root are there.  Raises: MachineFailed if it is gone."""
+    try:
+        unborn.parts.birth.send(b"mount")
+    except OSError as exc:
+        raise MachineFailed(f"the new machine died at its birth: {exc}") from exc
+
+
 async def receive_confined(nursery: Nursery, unborn: Unborn) -> ProcessMachine:
     """Wait for the agent's report, look at it from outside, let it go.
 

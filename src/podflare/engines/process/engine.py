@@ -9,7 +9,7 @@ from pathlib import Path
 from podflare.engines.base import EngineOptions, EngineReport, MachineSpec
 from podflare.engines.linux import cgroups, seccomp
 from podflare.engines.process import probe
-from podflare.engines.process.birth import Nursery, Unborn, prepare, receive_confined, send_order
+from podflare.engines.process.birth import Nursery, Unborn, let_mount, prepare, receive_confined, send_order
 from podflare.engines.process.diff import compare_machines
 from podflare.engines.process.disk import DiskWatch
 from podflare.engines.process.facts import HostFacts, read_facts
@@ -112,6 +112,7 @@ class ProcessEngine:
             unborn = prepare(nursery, spec, family)
             plan = plan_machine(unborn.id, spec, cgroup_walls=nursery.cgroups.walls)
             send_order([unborn], [plan], family, below=None)
+            let_mount(unborn)
             machine = await receive_confined(nursery, unborn)
             machine.parts.birth.close()
             await wait_readable(machine.channel, STEP_TIMEOUT_S, "the guest of the new machine did not start")

@@ -19,6 +19,7 @@ from podflare.engines.process.birth import (
     STEP_TIMEOUT_S,
     Nursery,
     Unborn,
+    let_mount,
     make_directory,
     prepare,
     receive_confined,
@@ -55,12 +56,12 @@ async def fork_machine(
         make_directory(nursery, layers.path(layer))
         for hostname in hostnames:
             unborn.append(_prepare_child(nursery, layers, parent, hostname, below))
-        # Both wait for the kernel, in different ways.
-        warming = warm_up(parent)
-        await parent.parts.family.capture(parent.id, layer)
-        await warming
+        # Side by side: the agents begin, the files are copied.
         plans = [plan_machine(one.id, one.spec, cgroup_walls=nursery.cgroups.walls, layers=below) for one in unborn]
         send_order(unborn, plans, parent.parts.family, below=parent.parts.pid_namespace)
+        await parent.parts.family.capture(parent.id, layer)
+        for one in unborn:
+            let_mount(one)
         # One after the other: they get ready side by side, and nobody is left waiting when one fails.
         children = [await receive_confined(nursery, one) for one in unborn]
         await _fork_repl(nursery, parent, children, reseed=reseed)
@@ -81,17 +82,6 @@ def _prepare_child(
     unborn = prepare(nursery, spec, parent.parts.family, below)
     layers.retain(below)  # given back when the child's parts are ended
     return unborn
-
-
-def warm_up(parent: ProcessMachine) -> asyncio.Future[None]:
-    """Pay the first of many moves between control groups early: it waits for an RCU grace period, the next do not."""
-    loop = asyncio.get_running_loop()
-    group = parent.parts.cgroup
-    if group is None:
-        done: asyncio.Future[None] = loop.create_future()
-        done.set_result(None)
-        return done
-    return loop.run_in_executor(None, group.move, parent.agent_pid)
 
 
 async def _undo(layers: Layers, unborn: list[Unborn]) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Callable, Dict, List, NoReturn, Optional
 
 from podflare.guest import agent
 from podflare.guest import syscalls as sc
+from podflare.guest.descriptors import close_all_but
 from podflare.guest.process import confine
 from podflare.guest.process.capture import capture_layers
 from podflare.guest.process.comparison import answer_comparison
@@ -48,7 +49,7 @@ class Birth:
 def run_family(stage: StagePlan, control_fd: int) -> NoReturn:
     """Main of the family process, pid 1 of its namespace."""
     try:
-        close_other_fds({control_fd})
+        close_all_but({0, 1, 2, control_fd})
         _serve(stage, socket.socket(fileno=control_fd))
     finally:
         os._exit(0)
@@ -178,8 +179,11 @@ def _run_agent(stage: StagePlan, birth: Birth, placed: int, *, adopts: bool) -> 
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
         os.umask(0o022)
-        close_other_fds({birth.channel, birth.birth, birth.line, placed})
+        close_all_but({0, 1, 2, birth.channel, birth.birth, birth.line, placed})
         sc.unshare(_NAMESPACES)
+        # The layers below may still be on their way: the daemon says when they are there.
+        if os.read(birth.birth, 16) != b"mount":
+            os._exit(1)
         namespaces = _own_namespaces() if adopts else []
         confine.enter_root(stage, birth.plan)
         confine.set_identity(birth.plan)
@@ -238,17 +242,6 @@ def _handing_over(birth: Birth, namespaces: List[int]) -> Callable[[List[int]], 
             os.close(fd)
 
     return hand_over
-
-
-def close_other_fds(keep: "set[int]") -> None:
-    """Close every descriptor above 2 but `keep`.  Needs a /proc."""
-    for name in os.listdir("/proc/self/fd"):
-        fd = int(name)
-        if fd > 2 and fd not in keep:
-            try:
-                os.close(fd)
-            except OSError:
-                pass  # the descriptor of the listing itself
 
 
 def _reap() -> None:

@@ -17,7 +17,7 @@ import socket
 import sys
 from typing import List, NoReturn, Tuple
 
-from podflare.guest import repl  # noqa: F401  # imported here so that every machine has it
+from podflare.guest import namespace
 from podflare.guest import syscalls as sc
 from podflare.guest.process import family, stage
 from podflare.wire import plan as plans
@@ -40,10 +40,12 @@ def main(argv: List[str]) -> NoReturn:
 
 
 def _prepare(plan: plans.StagePlan) -> None:
-    os.environ.clear()
-    os.environ.update(plan.environment)
+    namespace.prepare_paths()
     for name in plan.preload:
         importlib.import_module(name)
+    # After the site configuration, which may set variables for this computer.
+    os.environ.clear()
+    os.environ.update(plan.environment)
     if plan.own_user_namespace:
         stage.become_namespace_root()
     stage.enter_stage(plan)
