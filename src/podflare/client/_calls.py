@@ -28,6 +28,7 @@ class Call:
     what: str
     """The operation's name in messages."""
     sandbox_id: str = ""
+    """Of the sandbox, or the two of them, in messages."""
     body: bytes | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     repeatable: bool = False
@@ -146,7 +147,7 @@ def merge(parent_id: str, winner_id: str) -> Call:
     if parent_id == winner_id:
         raise BadRequest(f"merge_into: {parent_id} cannot be merged into itself")
     rest = f"/merge_into/{quote(winner_id, safe='')}"
-    return Call("POST", _sandbox_path(parent_id, rest), "merge_into", parent_id)
+    return Call("POST", _sandbox_path(parent_id, rest), "merge_into", f"{parent_id}, winner {winner_id}")
 
 
 def diff(sandbox_id: str, other_id: str, paths: Iterable[str] | None, detail: bool) -> Call:
@@ -164,7 +165,7 @@ def diff(sandbox_id: str, other_id: str, paths: Iterable[str] | None, detail: bo
     rest = f"/diff/{quote(other_id, safe='')}"
     if query:
         rest += "?" + urlencode(query, errors="surrogateescape")
-    return Call("GET", _sandbox_path(sandbox_id, rest), "diff", sandbox_id, repeatable=True)
+    return Call("GET", _sandbox_path(sandbox_id, rest), "diff", f"{sandbox_id}, other {other_id}", repeatable=True)
 
 
 def resume(space_id: str, options: Mapping[str, Any]) -> Call:

@@ -215,8 +215,6 @@ def test_refusals_of_the_daemon(sandbox: Sandbox, sdk_daemon: ServedDaemon) -> N
     with pytest.raises(ValueError, match="language"):
         sandbox.run_code("1", "cobol")  # type: ignore[arg-type]  # the point of the test
     with pytest.raises(NotBuilt, match="not built"):
-        sandbox.fork(2)
-    with pytest.raises(NotBuilt, match="not built"):
         Sandbox(host=sdk_daemon.url, persistent=True)
 
 

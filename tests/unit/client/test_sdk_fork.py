@@ -115,14 +115,20 @@ def test_diff(daemon: ScriptedDaemon, client: Client, parent: Sandbox) -> None:
 def test_owned_client_closes_with_its_last_sandbox(
     daemon: ScriptedDaemon, monkeypatch: pytest.MonkeyPatch, parent: Sandbox
 ) -> None:
-    """A client that the SDK made for a sandbox serves its forks after that one's end, and not longer than them."""
+    """A client that the SDK made for a sandbox serves its forks after that one's end, and not longer than them.
+
+    A winner needs no close for that.
+    """
     monkeypatch.setattr(parent, "_owns_client", True)  # as if the constructor had made it
     client = parent._maybe_client
     assert client is not None
     first, second = parent.fork(2)
+    winner, third = parent.fork(2)
+    parent.merge_into(winner)
     parent.close()
     parent.close()
     second.close()
+    third.close()
     daemon.answer("GET", "/replay", 200)
     assert first.replay() == []
     first.close()

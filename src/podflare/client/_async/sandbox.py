@@ -362,6 +362,7 @@ class AsyncSandbox:
         winner._client_for("merge_into")
         await client.merge_into(self.id, winner.id)
         winner._ending = f"was merged into {self.id} by this program"
+        await winner._leave_client()
 
     async def diff(self, other: AsyncSandbox, paths: Sequence[str] | None = None, *, detail: bool = False) -> Diff:
         """Which files differ in `other`: {"added": [...], "removed": [...], "modified": [...]}, sorted.
@@ -388,6 +389,9 @@ class AsyncSandbox:
             with shield_async():
                 await self._destroy(client)
             self._ending = "was closed by this program"
+        await self._leave_client()
+
+    async def _leave_client(self) -> None:
         if self._owns_client:
             # Another thread may close it too; only one of them may give the client back.
             held, self._maybe_client = self._maybe_client, None

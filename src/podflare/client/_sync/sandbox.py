@@ -355,6 +355,7 @@ class Sandbox:
         winner._client_for("merge_into")
         client.merge_into(self.id, winner.id)
         winner._ending = f"was merged into {self.id} by this program"
+        winner._leave_client()
 
     def diff(self, other: Sandbox, paths: Sequence[str] | None = None, *, detail: bool = False) -> Diff:
         """Which files differ in `other`: {"added": [...], "removed": [...], "modified": [...]}, sorted.
@@ -381,6 +382,9 @@ class Sandbox:
             with shield_sync():
                 self._destroy(client)
             self._ending = "was closed by this program"
+        self._leave_client()
+
+    def _leave_client(self) -> None:
         if self._owns_client:
             # Another thread may close it too; only one of them may give the client back.
             held, self._maybe_client = self._maybe_client, None
