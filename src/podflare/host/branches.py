@@ -1,7 +1,4 @@
-"""Fork, merge and diff of live sandboxes: what concerns more than one of them at a time.  Knows no HTTP.
-
-Whoever needs the turn of two sandboxes takes them in the order of their ids, so nobody waits in a circle.
-"""
+"""Fork, merge and diff of live sandboxes: what concerns more than one of them at a time.  Knows no HTTP."""
 
 from __future__ import annotations
 
@@ -19,6 +16,7 @@ from podflare.host.guest_link import GuestLink
 from podflare.host.lineage import Lineage, Terms, read_report
 from podflare.host.registry import Registry
 from podflare.host.sandbox import Sandbox
+from podflare.host.turns import exclusive
 from podflare.wire.api import Diff, DiffRequest, ForkRequest
 
 READY_TIMEOUT_S = 10.0
@@ -55,7 +53,7 @@ class Branches:
         start = time.monotonic()
         parent = await self._registry.get(sandbox_id, owner)
         with self._starting(request.n):
-            async with parent.exclusive(wait_s=request.timeout_seconds, what="not forked"):
+            async with exclusive(parent, wait_s=request.timeout_seconds, what="not forked"):
                 turn = time.monotonic()
                 left_s = max(LEAST_S, request.timeout_seconds - (turn - start))
                 try:
@@ -97,15 +95,11 @@ class Branches:
         winner = await self._registry.get(winner_id, owner)
         if parent.engine != winner.engine:
             raise Conflict(f"{winner.id} runs on the engine {winner.engine}, {parent.id} on {parent.engine}")
-        first, second = sorted((parent, winner), key=lambda one: one.id)
-        ends_s = time.monotonic() + MERGE_WAIT_S
-        async with first.exclusive(wait_s=MERGE_WAIT_S, what="not merged"):
-            left_s = max(LEAST_S, ends_s - time.monotonic())
-            async with second.exclusive(wait_s=left_s, what="not merged"):
-                parent.check_alive()
-                winner.check_alive()
-                self._registry.succeed(winner, parent)
-                released = parent.become(winner)
+        async with exclusive(parent, winner, wait_s=MERGE_WAIT_S, what="not merged"):
+            parent.check_alive()
+            winner.check_alive()
+            self._registry.succeed(winner, parent)
+            released = parent.become(winner)
         telemetry.event("merged", sandbox=parent.id, winner=winner.id, machine=parent.machine.id)
         with anyio.move_on_after(RELEASE_WAIT_S):
             await released.wait()

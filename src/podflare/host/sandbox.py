@@ -11,14 +11,14 @@ import secrets
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import anyio
 
 from podflare.engines.base import Machine, Usage
-from podflare.errors import CellNotFound, DeadlineExceeded, PodflareError, QuotaExceeded, SandboxNotFound
+from podflare.errors import CellNotFound, PodflareError, QuotaExceeded, SandboxNotFound
 from podflare.host import telemetry, transfers
 from podflare.host.cells import STOP_INTERRUPTED, Cell, Ending, check_fits, judge
 from podflare.host.config import Config
@@ -27,6 +27,7 @@ from podflare.host.kept import KeptOutput, Room, SharedRoom
 from podflare.host.lifecycle import State, Step, step
 from podflare.host.lineage import Lineage, Terms, losses
 from podflare.host.output import ReplayBuffer
+from podflare.host.turns import Turn
 from podflare.wire import events
 from podflare.wire.api import ExecRequest, SandboxInfo
 from podflare.wire.messages import DIED, Exit
@@ -37,16 +38,6 @@ CAUSE_WAIT_S = 1.0
 """A closed channel is only the symptom: so long the machine may take to say why it died."""
 USAGE_TIMEOUT_S = 2.0
 TURN_END_TIMEOUT_S = 30.0
-
-
-class Turn:
-    """A place in a sandbox's queue for what is no cell: a fork or a merge."""
-
-    def __init__(self) -> None:
-        self.granted = asyncio.Event()
-        self.over = asyncio.Event()
-        self.scope = anyio.CancelScope()
-        """Of all that is done within the turn; cancelled if the sandbox ends."""
 
 
 class Sandbox:
@@ -218,13 +209,9 @@ class Sandbox:
 
     # Turns of other operations.
 
-    @asynccontextmanager
-    async def exclusive(self, *, wait_s: float, what: str) -> AsyncIterator[None]:
-        """Within the block no cell runs: it begins when all cells before are over, and those behind it wait.
-
-        Raises: DeadlineExceeded if they are not over within wait_s; QuotaExceeded if too many wait already;
-            SandboxNotFound if the sandbox is ending, or ends meanwhile, which cancels the block.
-        """
+    @contextmanager
+    def queue_up(self) -> Iterator[Turn]:
+        """See turns.Queue."""
         self.touch()
         turn = Turn()
         if self._current is None:
@@ -234,17 +221,7 @@ class Sandbox:
             self._check_queue()
             self._waiting.append(turn)
         try:
-            with turn.scope:
-                try:
-                    with anyio.fail_after(wait_s):
-                        await turn.granted.wait()
-                except TimeoutError:
-                    raise DeadlineExceeded(
-                        f"sandbox {self.id} was still running cells after {wait_s:g} s: {what}, nothing has changed"
-                    ) from None
-                yield
-            if turn.scope.cancelled_caught:
-                self.touch()
+            yield turn
         finally:
             turn.over.set()
             if turn is self._current:

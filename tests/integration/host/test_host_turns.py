@@ -291,6 +291,30 @@ async def test_merges_in_both_directions_do_not_block_each_other(scripted):
         assert len((await h.client.get("/v1/sandboxes")).json()["sandboxes"]) == 10
 
 
+async def test_a_sandbox_that_ends_while_a_merge_waits_is_told_at_once(scripted):
+    """Whichever of the two is deleted while the other one runs a cell: the merge is 404 at once, the other lives."""
+    for gone in (0, 1):
+        gate = Gate()
+        async with scripted(gate) as h, anyio.create_task_group() as tasks:
+            pair = [await h.create(), await h.create()]
+            done: list[object] = []
+            tasks.start_soon(run, h, pair[1 - gone], "runs", done)
+            await wait_until(lambda gate=gate: gate.begun == ["runs"])
+            merges: list[int] = []
+
+            async def merge(pair: list[str] = pair, merges: list[int] = merges, h: Host = h) -> None:
+                merges.append((await h.merge(*pair)).status_code)
+
+            tasks.start_soon(merge)
+            await anyio.sleep(0.05)
+            with anyio.fail_after(5):
+                assert (await h.client.delete(f"/v1/sandboxes/{pair[gone]}")).status_code == 204
+            await wait_until(lambda merges=merges: merges == [404])
+            gate.open.set()
+            await wait_until(lambda done=done: len(done) == 1)
+            assert (await h.exec(pair[1 - gone], "x"))[-1]["data"] == 0
+
+
 async def test_a_winner_whose_machine_just_died_does_not_win(scripted):
     """A winner that is dead, noticed or not, is 404 and the parent keeps its state."""
     async with scripted(echo) as h:
