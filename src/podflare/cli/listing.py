@@ -27,11 +27,8 @@ def ls(
     Only your own: a daemon with API keys shows each key its sandboxes.
     """
     from podflare import Client
-    from podflare.client._config import find_address
 
-    if find_address(host, None) is None:
-        raise typer.BadParameter("no daemon named; give its address or set PODFLARE_HOSTD_URL", param_hint="--host")
-    with Client(host) as client:
+    with Client(named_daemon(host)) as client:
         sandboxes = client.list_sandboxes()
     if as_json:
         print(json.dumps([sandbox.to_json() for sandbox in sandboxes], indent=2))
@@ -44,15 +41,26 @@ def ls(
     console().print(table)
 
 
+def named_daemon(host: str | None) -> str | None:
+    """`host`, if it or the environment names a daemon: a private one would have nothing to show."""
+    from podflare.client._config import find_address
+
+    if find_address(host, None) is None:
+        raise typer.BadParameter("no daemon named; give its address or set PODFLARE_HOSTD_URL", param_hint="--host")
+    return host
+
+
 def _row(sandbox: SandboxInfo) -> list[str]:
     metadata = " ".join(f"{key}={value}" for key, value in sorted(sandbox.metadata.items()))
-    age = _age(max(0, int(time.time() - sandbox.created_at_ms / 1000)))
     memory = f"{sandbox.ram_mib} MiB"
+    age = age_of(sandbox, time.time())
     texts = (sandbox.id, sandbox.state, sandbox.template, sandbox.engine, memory, age, metadata)
     return [one_line(text) for text in texts]
 
 
-def _age(seconds: int) -> str:
+def age_of(sandbox: SandboxInfo, now_s: float) -> str:
+    """How old a sandbox is, in its largest unit."""
+    seconds = max(0, int(now_s - sandbox.created_at_ms / 1000))
     for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
         if seconds >= size:
             return f"{seconds // size}{unit}"

@@ -35,6 +35,32 @@ def test_ls_needs_a_daemon(cli: Cli) -> None:
     assert done.returncode == 2 and "PODFLARE_HOSTD_URL" in done.stderr
 
 
+def test_tree_shows_what_was_forked_from_what(cli: Cli) -> None:
+    """Forks stand indented below their parent, with generation and losses; JSON has the same order and the depth."""
+    with Sandbox(host=cli.address, metadata={"who": "a\nb"}) as root:
+        root.run_code("import subprocess; p = subprocess.Popen(['sleep', '1000'])")
+        (child,) = root.fork()
+        (grandchild,) = child.fork()
+        with child, grandchild:
+            lines = cli("tree").stdout.splitlines()
+            at = next(number for number, line in enumerate(lines) if line.startswith(root.id))
+            assert r"who=a\nb" in lines[at] and "stayed behind" in lines[0]
+            assert re.match(rf"  {child.id} +1 +ready +\d+s +1024 MiB +processes=1 +who", lines[at + 1])
+            assert re.match(rf"    {grandchild.id} +2 ", lines[at + 2])
+            listed = json.loads(cli("tree", "--json").stdout)
+            depths = {entry["id"]: (entry["depth"], entry["parent_id"]) for entry in listed}
+            assert depths[child.id] == (1, root.id) and depths[grandchild.id] == (2, child.id)
+            child.close()
+            assert f"{grandchild.id} [{child.id}]" in cli("tree").stdout
+
+
+def test_tree_needs_a_daemon(cli: Cli) -> None:
+    """As `ls`: without an address it is wrong usage."""
+    environment = {name: value for name, value in cli.environment.items() if not name.startswith("PODFLARE_")}
+    done = subprocess.run([*PROGRAM, "tree"], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "PODFLARE_HOSTD_URL" in done.stderr
+
+
 def test_doctor_finds_what_the_daemon_uses(cli: Cli) -> None:
     """Every wall that a sandbox has is one that the doctor called available, and sandboxes can be made here."""
     done = cli("doctor", "--json")
