@@ -57,7 +57,7 @@ def page(name: str) -> Page:
 
 @functools.cache
 def document() -> dict[str, Any]:
-    """The OpenAPI 3.1 document.  Raises: NotBuilt if pydantic is missing."""
+    """The OpenAPI document, 3.0: the newest that the offline page can show.  Raises: NotBuilt if pydantic is missing."""
     try:
         from pydantic import TypeAdapter
     except ImportError as exc:
@@ -89,7 +89,7 @@ def document() -> dict[str, Any]:
     body: dict[str, Any] = json.loads(
         json.dumps(
             {
-                "openapi": "3.1.0",
+                "openapi": "3.0.3",
                 "info": {"title": "podflare host daemon", "version": "1", "description": "See docs/http-api.md."},
                 "components": {
                     "schemas": schemas,
@@ -100,7 +100,27 @@ def document() -> dict[str, Any]:
             }
         )
     )
-    return body
+    converted: dict[str, Any] = _in_3_0(body)
+    return converted
+
+
+def _in_3_0(node: Any) -> Any:
+    """JSON Schema as OpenAPI 3.0 has it: no null type, no const, no tuples."""
+    if isinstance(node, list):
+        return [_in_3_0(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    made = {key: _in_3_0(value) for key, value in node.items()}
+    if isinstance(made.get("type"), list):
+        kinds = [kind for kind in made["type"] if kind != "null"]
+        made.update(type=kinds[0], nullable=len(kinds) < len(made["type"]))
+    if {"type": "null"} in made.get("anyOf", ()):
+        rest = [choice for choice in made.pop("anyOf") if choice != {"type": "null"}]
+        made.update(rest[0] if len(rest) == 1 else {"anyOf": rest}, nullable=True)
+    if "const" in made:
+        made["enum"] = [made.pop("const")]
+    made.pop("prefixItems", None)
+    return made
 
 
 def _object(**properties: str) -> dict[str, Any]:
