@@ -57,7 +57,7 @@ def page(name: str) -> Page:
 
 @functools.cache
 def document() -> dict[str, Any]:
-    """The OpenAPI document, 3.0: the newest that the offline page can show.  Raises: NotBuilt if pydantic is missing."""
+    """The OpenAPI document, 3.0: the newest that the page can show.  Raises: NotBuilt if pydantic is missing."""
     try:
         from pydantic import TypeAdapter
     except ImportError as exc:
