@@ -151,34 +151,9 @@ def _operation(
     return operation
 
 
-def _paths() -> dict[str, Any]:
-    info = _content("application/json", _ref("SandboxInfo"))
-    events = _content("application/x-ndjson", _ref("Event"))
-    raw = _content("application/octet-stream", {"type": "string", "format": "binary"})
-    interrupted = {
-        "type": "object",
-        "properties": {"interrupted": {"type": "boolean"}, "cell_id": {"type": ["string", "null"]}},
-    }
-    children = {
-        "type": "object",
-        "properties": {"children": {"type": "array", "items": {"type": "string"}}},
-    }
-    paths: dict[str, Any] = {
-        "/v1/healthz": {"get": _operation("Alive?", gives=_content("text/plain", {"const": "ok"}))},
-        "/v1/capacity": {"get": _operation("Pool and limits", gives=_content("application/json", {"type": "object"}))},
-        "/v1/sandboxes": {
-            "post": _operation(
-                "Create a sandbox", takes=_content("application/json", _ref("CreateRequest")), gives=info
-            ),
-            "get": _operation("List your sandboxes", gives=_content("application/json", _ref("Sandboxes"))),
-        },
-        "/v1/sandboxes/{id}": {
-            "get": _operation("One sandbox", gives=info),
-            "delete": _operation("End a sandbox", status=204),
-        },
-        "/v1/sandboxes/{id}/exec": {
-            "post": _operation("Run a cell", takes=_content("application/json", _ref("ExecRequest")), gives=events)
-        },
+def _branch_paths() -> dict[str, Any]:
+    children = {"type": "object", "properties": {"children": {"type": "array", "items": {"type": "string"}}}}
+    return {
         "/v1/sandboxes/{id}/fork": {
             "post": _operation(
                 "Fork a sandbox",
@@ -196,6 +171,34 @@ def _paths() -> dict[str, Any]:
                 query=[("paths", False), ("detail", False)],
             )
         },
+    }
+
+
+def _paths() -> dict[str, Any]:
+    info = _content("application/json", _ref("SandboxInfo"))
+    events = _content("application/x-ndjson", _ref("Event"))
+    raw = _content("application/octet-stream", {"type": "string", "format": "binary"})
+    interrupted = {
+        "type": "object",
+        "properties": {"interrupted": {"type": "boolean"}, "cell_id": {"type": ["string", "null"]}},
+    }
+    paths: dict[str, Any] = {
+        "/v1/healthz": {"get": _operation("Alive?", gives=_content("text/plain", {"const": "ok"}))},
+        "/v1/capacity": {"get": _operation("Pool and limits", gives=_content("application/json", {"type": "object"}))},
+        "/v1/sandboxes": {
+            "post": _operation(
+                "Create a sandbox", takes=_content("application/json", _ref("CreateRequest")), gives=info
+            ),
+            "get": _operation("List your sandboxes", gives=_content("application/json", _ref("Sandboxes"))),
+        },
+        "/v1/sandboxes/{id}": {
+            "get": _operation("One sandbox", gives=info),
+            "delete": _operation("End a sandbox", status=204),
+        },
+        "/v1/sandboxes/{id}/exec": {
+            "post": _operation("Run a cell", takes=_content("application/json", _ref("ExecRequest")), gives=events)
+        },
+        **_branch_paths(),
         "/v1/sandboxes/{id}/interrupt": {
             "post": _operation(
                 "Interrupt a cell",
