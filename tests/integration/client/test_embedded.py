@@ -141,7 +141,7 @@ def test_killed_daemon_is_told_and_replaced() -> None:
     with Sandbox() as fresh:
         assert fresh.run_code("print(1)").stdout == "1"
         with pytest.raises(DaemonUnreachable, match="private daemon"):
-            Sandbox._adopt(sandbox.id, Client(), address=sandbox._address, where=None).run_code("1")
+            Sandbox._adopt(sandbox.id, Client(), address=sandbox._address, owns_client=False).run_code("1")
 
 
 @pytest.mark.usefixtures("reaped")
