@@ -80,7 +80,8 @@ class Census:
         stack = [pid for pid in children.get(self.root, ()) if not _is_nested(pid)]
         if self.root == 1:
             # A REPL forked into this PID namespace has its parent outside, which proc_pid_stat(5) shows as 0.
-            stack += [pid for pid in children.get(0, ()) if pid != 1]
+            # So have processes of machines that are being forked below this one; they are not this machine's.
+            stack += [pid for pid in children.get(0, ()) if pid != 1 and not _is_nested(pid)]
         while stack:
             pid = stack.pop()
             stack += children.get(pid, ())
