@@ -7,7 +7,7 @@ PY := .venv/bin/python
 # As another user than the checkout's owner there is nowhere to keep pytest's cache.
 PYTEST := $(PY) -m pytest $(shell test -w . || echo -p no:cacheprovider)
 TESTS ?= tests
-USER_TESTS ?= tests/contract tests/security tests/integration/process tests/integration/client tests/integration/cli
+USER_TESTS ?= tests/contract tests/security tests/integration/process tests/integration/client
 ARGS ?=
 
 .PHONY: help setup demo test test-user test-unit check format docs bench soak lock clean

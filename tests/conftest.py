@@ -25,6 +25,7 @@ def private_temp() -> Iterator[Path]:
     """All temporary files of the session lie in one short, private directory (Unix socket paths have 107 bytes)."""
     folder = Path(tempfile.mkdtemp(prefix="pft-", dir="/tmp"))
     folder.chmod(0o711)  # a machine of a root daemon enters with another id
+    (folder / "cache").mkdir()  # there before any test, so that a tool that fills it leaves nothing new
     before = {name: os.environ.get(name) for name in ("TMPDIR", "XDG_RUNTIME_DIR", "XDG_CACHE_HOME")}
     os.environ.update(TMPDIR=str(folder), XDG_RUNTIME_DIR=str(folder), XDG_CACHE_HOME=str(folder / "cache"))
     for name in [key for key in os.environ if key.startswith("PODFLARE_")]:
