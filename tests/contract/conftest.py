@@ -9,10 +9,10 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
-from anyio.from_thread import BlockingPortal, start_blocking_portal
+from anyio.from_thread import BlockingPortal
 
-from machines import LIMITS, DrivenMachine
-from podflare.engines.base import Engine, EngineOptions, Limits
+from machines import DrivenMachine
+from podflare.engines.base import Engine, EngineOptions
 from podflare.engines.fake import FakeEngine
 from podflare.engines.process.engine import ProcessEngine
 
@@ -28,13 +28,6 @@ async def make_process(folder: Path) -> Engine:
 
 
 ENGINES: dict[str, Callable[[Path], Awaitable[Engine]]] = {"fake": make_fake, "process": make_process}
-
-
-@pytest.fixture(scope="session")
-def portal() -> Iterator[BlockingPortal]:
-    """A thread with an event loop, for the engines."""
-    with start_blocking_portal() as running:
-        yield running
 
 
 @pytest.fixture(scope="session", params=sorted(ENGINES))
@@ -70,20 +63,6 @@ def engine(open_engines: Callable[[], AbstractContextManager[Engine]], portal: B
     with open_engines() as started:
         portal.call(started.start)
         yield started
-
-
-@pytest.fixture
-def new_machine(portal: BlockingPortal, engine: Engine) -> Iterator[Callable[..., DrivenMachine]]:
-    """Makes machines; all are closed at the end of the test."""
-    made: list[DrivenMachine] = []
-
-    def make(limits: Limits = LIMITS) -> DrivenMachine:
-        made.append(DrivenMachine.create(portal, engine, limits))
-        return made[-1]
-
-    yield make
-    for machine in made:
-        machine.close()
 
 
 @pytest.fixture

@@ -25,7 +25,6 @@ from podflare.guest import syscalls as sc
 from podflare.guest.stdio import high_copy
 
 MAX_PACKET_BYTES = 64 * 1024
-MAX_CHILDREN = 32
 HELLO = b"!"
 """A child's first byte to its agent, which learns from it, by SCM_CREDENTIALS, the child's pid."""
 

@@ -14,7 +14,7 @@ import shutil
 import socket
 import stat
 from dataclasses import dataclass
-from typing import Callable, Dict, List, Optional
+from typing import Dict, List, Optional
 
 from podflare.guest import syscalls as sc
 
@@ -242,10 +242,6 @@ def _own_mapping(mapping: SharedMapping) -> None:
 def copy_shared_memory(parents_shm: int) -> List[str]:
     """Fill this machine's /dev/shm with what was in the parent's, of which the descriptor is open."""
     notes: List[str] = []
-
-    def note(function: Callable[..., object], path: str, info: object) -> None:
-        notes.append(f"/dev/shm: {path[-200:]} could not be copied")
-
     for name in os.listdir(parents_shm):
         source, target = f"/proc/self/fd/{parents_shm}/{name}", f"/dev/shm/{name}"
         try:
@@ -253,6 +249,6 @@ def copy_shared_memory(parents_shm: int) -> List[str]:
                 shutil.copytree(source, target, symlinks=True)
             else:
                 shutil.copy2(source, target, follow_symlinks=False)
-        except (OSError, shutil.Error) as exc:
-            note(shutil.copy2, name, exc)
+        except (OSError, shutil.Error):
+            notes.append(f"/dev/shm: {name[-200:]} could not be copied")
     return notes

@@ -35,7 +35,6 @@ CAP_SYS_ADMIN = 21
 CAP_LAST = 63
 """Bits above the kernel's last capability answer EINVAL, which is how the end is found."""
 
-_PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
 _PR_CAPBSET_DROP = 24
 _PR_SET_SECUREBITS = 28
@@ -148,11 +147,6 @@ def _prctl(option: int, *args: int) -> int:
 def set_child_subreaper() -> None:
     """Orphaned descendants become children of this process, so that it can reap and end them."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-
-
-def set_parent_death_signal(signal_number: int) -> None:
-    """Be sent this signal when the parent *thread* ends.  Cleared by the kernel on a change of credentials."""
-    _prctl(_PR_SET_PDEATHSIG, signal_number)
 
 
 def set_dumpable(dumpable: bool) -> None:

@@ -15,6 +15,7 @@ from podflare.engines.base import EngineOptions, MachineSpec, Wall
 from podflare.engines.linux.cgroups import Cgroup, Cgroups
 from podflare.engines.process import check
 from podflare.engines.process.family import Family
+from podflare.engines.process.layers import Layers, take_away
 from podflare.engines.process.machine import Parts, ProcessMachine, remove_tree
 from podflare.engines.process.plan import ROOT_FIRST_ID
 from podflare.engines.process.waiting import wait_readable
@@ -46,6 +47,13 @@ class Unborn:
     parts: Parts
     theirs: list[socket.socket]
     """The guest's ends of its sockets, until they are sent."""
+
+
+async def give_up(unborn: Unborn, layers: Layers) -> None:
+    """Take away a machine that is not to be, however far it has come."""
+    for sock in unborn.theirs:
+        sock.close()
+    await take_away(unborn.parts, layers)
 
 
 def prepare(nursery: Nursery, spec: MachineSpec, family: Family, layers: tuple[str, ...] = ()) -> Unborn:

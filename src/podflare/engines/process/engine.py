@@ -9,13 +9,22 @@ from pathlib import Path
 from podflare.engines.base import EngineOptions, EngineReport, MachineSpec
 from podflare.engines.linux import cgroups, seccomp
 from podflare.engines.process import probe
-from podflare.engines.process.birth import Nursery, Unborn, let_mount, prepare, receive_confined, send_order
+from podflare.engines.process.birth import (
+    STEP_TIMEOUT_S,
+    Nursery,
+    Unborn,
+    give_up,
+    let_mount,
+    prepare,
+    receive_confined,
+    send_order,
+)
 from podflare.engines.process.diff import compare_machines
 from podflare.engines.process.disk import DiskWatch
 from podflare.engines.process.facts import HostFacts, read_facts
 from podflare.engines.process.fork import fork_machine
-from podflare.engines.process.layers import Layers
-from podflare.engines.process.machine import ProcessMachine, empty_machine, end_parts, remove_tree
+from podflare.engines.process.layers import Layers, take_away
+from podflare.engines.process.machine import ProcessMachine, empty_machine, remove_tree
 from podflare.engines.process.plan import plan_machine, plan_stage
 from podflare.engines.process.waiting import make_owned, wait_readable
 from podflare.engines.process.zygote import Zygote
@@ -30,7 +39,6 @@ from podflare.errors import (
 
 MAX_DEPTH = 24
 """Generations of forks: each lies in a PID namespace below its parent's, and the kernel stops at 32 levels."""
-STEP_TIMEOUT_S = 60.0
 
 
 class ProcessEngine:
@@ -118,7 +126,7 @@ class ProcessEngine:
             await wait_readable(machine.channel, STEP_TIMEOUT_S, "the guest of the new machine did not start")
             return machine
         except BaseException:
-            await asyncio.shield(self._undo(unborn) if unborn is not None else family.aclose())
+            await asyncio.shield(give_up(unborn, self._layers) if unborn is not None else family.aclose())
             raise
 
     async def _ready(self) -> tuple[Nursery, Zygote]:
@@ -131,19 +139,10 @@ class ProcessEngine:
                     self._zygote = await self._start_zygote()
         return self._nursery, self._zygote
 
-    @staticmethod
-    async def _undo(unborn: Unborn) -> None:
-        for sock in unborn.theirs:
-            sock.close()
-        await end_parts(unborn.parts)
-        await asyncio.get_running_loop().run_in_executor(None, remove_tree, unborn.parts.directory)
-
     async def _end(self, *machines: ProcessMachine) -> None:
         """Take away machines that were made and not handed out."""
         for machine in machines:
-            await end_parts(machine.parts)
-            await asyncio.get_running_loop().run_in_executor(None, remove_tree, machine.directory)
-            await self._layers.release(machine.parts.layers)
+            await take_away(machine.parts, self._layers)
 
     def _take_in(self, machine: ProcessMachine) -> None:
         self._machines.add(machine)
@@ -199,9 +198,7 @@ class ProcessEngine:
         self._machines.discard(machine)
         if machine.parent is not None:
             machine.parent.nested.discard(machine)
-        await end_parts(machine.parts)
-        await asyncio.get_running_loop().run_in_executor(None, remove_tree, machine.directory)
-        await self._layers.release(machine.parts.layers)
+        await take_away(machine.parts, self._layers)
 
     async def aclose(self) -> None:
         await self._disk.aclose()

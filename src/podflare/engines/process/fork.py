@@ -19,6 +19,7 @@ from podflare.engines.process.birth import (
     STEP_TIMEOUT_S,
     Nursery,
     Unborn,
+    give_up,
     let_mount,
     make_directory,
     prepare,
@@ -27,7 +28,7 @@ from podflare.engines.process.birth import (
     send_order,
 )
 from podflare.engines.process.layers import Layers
-from podflare.engines.process.machine import ProcessMachine, end_parts, remove_tree
+from podflare.engines.process.machine import ProcessMachine
 from podflare.engines.process.plan import plan_machine
 from podflare.engines.process.waiting import wait_readable
 from podflare.errors import MachineFailed
@@ -86,11 +87,7 @@ def _prepare_child(
 
 async def _undo(layers: Layers, unborn: list[Unborn]) -> None:
     for one in unborn:
-        for sock in one.theirs:
-            sock.close()
-        await end_parts(one.parts)
-        await asyncio.get_running_loop().run_in_executor(None, remove_tree, one.parts.directory)
-        await layers.release(one.parts.layers)
+        await give_up(one, layers)
 
 
 async def _fork_repl(nursery: Nursery, parent: ProcessMachine, children: list[ProcessMachine], *, reseed: bool) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 from pathlib import Path
 
-from podflare.engines.process.machine import remove_tree
+from podflare.engines.process.machine import Parts, end_parts, remove_tree
 
 
 class Layers:
@@ -42,3 +42,10 @@ class Layers:
         """One user less of each; unused ones are removed."""
         for name in self.give_back(names):
             await asyncio.get_running_loop().run_in_executor(None, remove_tree, self.path(name))
+
+
+async def take_away(parts: Parts, layers: Layers) -> None:
+    """End a machine and remove all that it has on disk, and the layers that nobody else uses."""
+    await end_parts(parts)
+    await asyncio.get_running_loop().run_in_executor(None, remove_tree, parts.directory)
+    await layers.release(parts.layers)

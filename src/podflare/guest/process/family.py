@@ -15,7 +15,7 @@ import signal
 import socket
 from typing import Any, Callable, Dict, List, NoReturn, Optional
 
-from podflare.guest import agent
+from podflare.guest import agent, processes
 from podflare.guest import syscalls as sc
 from podflare.guest.descriptors import close_all_but
 from podflare.guest.process import confine
@@ -67,7 +67,7 @@ def _serve(stage: StagePlan, control: socket.socket) -> None:
             for key, _ in selector.select():
                 if key.fileobj is not control:
                     os.read(wake_r, 512)
-                    _reap()
+                    processes.reap()
                     continue
                 data, fds, _, _ = socket.recv_fds(control, MAX_ORDER_BYTES, MAX_ORDER_FDS)
                 if not data:
@@ -242,15 +242,6 @@ def _handing_over(birth: Birth, namespaces: List[int]) -> Callable[[List[int]], 
             os.close(fd)
 
     return hand_over
-
-
-def _reap() -> None:
-    while True:
-        try:
-            if os.waitpid(-1, os.WNOHANG)[0] == 0:
-                return
-        except ChildProcessError:
-            return
 
 
 def _tell(fd: int, message: Dict[str, object]) -> None:

@@ -17,7 +17,7 @@ import socket
 import sys
 from typing import List, NoReturn, Tuple
 
-from podflare.guest import namespace
+from podflare.guest import namespace, processes
 from podflare.guest import syscalls as sc
 from podflare.guest.process import family, stage
 from podflare.wire import plan as plans
@@ -70,13 +70,13 @@ def _serve(control: socket.socket, plan: plans.StagePlan) -> None:
                     _handle(control, plan, fds)
                 else:
                     os.read(wake_r, 512)
-                    _reap()
+                    processes.reap()
 
 
 def _handle(control: socket.socket, plan: plans.StagePlan, fds: List[int]) -> None:
     try:
         pid = _start_family(plan, fds[0])
-        # Opened before the family can be reaped (only _reap does), so it cannot be another process.
+        # Opened before the family can be reaped (only _serve does), so it cannot be another process.
         pidfd = os.pidfd_open(pid)
         try:
             socket.send_fds(control, [json.dumps({"ok": True, "pid": pid}).encode()], [pidfd])
@@ -145,15 +145,6 @@ def _run_middle(plan: plans.StagePlan, family_control: int, from_parent: int, to
     except BaseException as exc:
         os.write(to_parent, f"{type(exc).__name__}: {exc}".encode()[:4000])
         os._exit(1)
-
-
-def _reap() -> None:
-    while True:
-        try:
-            if os.waitpid(-1, os.WNOHANG)[0] == 0:
-                return
-        except ChildProcessError:
-            return
 
 
 def _answer(control: socket.socket, body: "dict[str, object]") -> None:
