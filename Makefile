@@ -8,6 +8,8 @@ PY := .venv/bin/python
 PYTEST := $(PY) -m pytest $(shell test -w . || echo -p no:cacheprovider)
 TESTS ?= tests
 USER_TESTS ?= tests/contract tests/security tests/integration/process tests/integration/client
+# Tests share nothing but the machine, so they run side by side; JOBS=0 runs them in one process (for a debugger).
+JOBS ?= 2
 ARGS ?=
 
 .PHONY: help setup demo test test-user test-unit check format docs bench soak lock clean
@@ -23,11 +25,11 @@ demo: setup ## an agent works in a sandbox over several turns
 
 test: ## set up and run every test but the soak ones; as root, the user-dependent ones once more as nobody
 	@scripts/setup.sh --real-client
-	$(PYTEST) -m "not soak" $(TESTS) $(ARGS)
+	$(PYTEST) -n $(JOBS) -m "not soak" $(TESTS) $(ARGS)
 	@if [ "$(TESTS)" = tests ] && [ "$$(id -u)" = 0 ]; then $(MAKE) test-user; fi
 
 test-user: setup ## as root: the tests that differ by user id, as an ordinary user
-	scripts/test_as_user.sh $(USER_TESTS) $(ARGS)
+	scripts/test_as_user.sh -n $(JOBS) $(USER_TESTS) $(ARGS)
 
 test-unit: setup ## the tests that need no kernel feature: unit and contract
 	$(PYTEST) -m "not soak" tests/unit tests/contract $(ARGS)
