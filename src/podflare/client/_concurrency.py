@@ -66,11 +66,14 @@ async def each_async(
 
 def each_sync(work: Callable[[T], None], items: Sequence[T], limit: int, stop: Callable[[], None]) -> None:
     """The same in threads.  Also on Ctrl-C, which reaches the waiting main thread, `stop` is called."""
-    from concurrent.futures import ThreadPoolExecutor, as_completed
+    from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 
+    futures: list[Future[None]] = []
     with ThreadPoolExecutor(min(limit, max(1, len(items))), thread_name_prefix="podflare") as pool:
-        futures = [pool.submit(work, item) for item in items]
         try:
+            # Ctrl-C can come as soon as the first has begun, while others are still handed out.
+            for item in items:
+                futures.append(pool.submit(work, item))
             for future in as_completed(futures):
                 future.result()
         except BaseException:

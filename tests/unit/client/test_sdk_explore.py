@@ -28,6 +28,7 @@ from podflare import (
     explore,
     explore_async,
 )
+from podflare.client._concurrency import each_sync
 from podflare.client._ranking import Ranking, score_cell, scored
 
 
@@ -183,6 +184,28 @@ def test_ctrl_c_ends_the_branches(world: ForkingDaemon, root: Sandbox) -> None:
     with pytest.raises(KeyboardInterrupt):
         explore(root, steps(1, 2), "x")
     assert list(world.alive) == [root.id] and world.alive[root.id]["x"] == 1
+
+
+def test_ctrl_c_while_work_is_handed_out_stops_what_has_begun() -> None:
+    """Ctrl-C that comes when the first branch runs and the second is not begun ends the first, and nothing waits."""
+    begun, ended = threading.Event(), threading.Event()
+
+    class Items(list[int]):
+        def __iter__(self) -> Iterator[int]:
+            yield 1
+            assert begun.wait(30)
+            signal.raise_signal(signal.SIGINT)
+            yield 2
+
+    seen: list[bool] = []
+
+    def work(item: int) -> None:
+        begun.set()
+        seen.append(ended.wait(30))
+
+    with pytest.raises(KeyboardInterrupt):
+        each_sync(work, Items([1, 2]), 2, ended.set)
+    assert seen == [True]
 
 
 def test_equal_scores_go_to_the_first(world: ForkingDaemon, root: Sandbox) -> None:
