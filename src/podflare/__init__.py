@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     from podflare.client._types import PathChange as PathChange
     from podflare.client._types import PtySessionInfo as PtySessionInfo
     from podflare.client._types import Result as Result
+    from podflare.client._types import ToolCallEvent as ToolCallEvent
     from podflare.errors import BadRequest as BadRequest
+    from podflare.errors import CallNotFound as CallNotFound
     from podflare.errors import CellNotFound as CellNotFound
     from podflare.errors import Conflict as Conflict
     from podflare.errors import ConnectionLost as ConnectionLost
@@ -81,9 +83,19 @@ _HOMES = {
     "client._sync.explore": ("explore",),
     "client._sync.pty": ("PtyHandle", "PtyNamespace"),
     "client._sync.sandbox": ("Sandbox",),
-    "client._types": ("CellError", "Diff", "ExecResult", "Language", "PathChange", "PtySessionInfo", "Result"),
+    "client._types": (
+        "CellError",
+        "Diff",
+        "ExecResult",
+        "Language",
+        "PathChange",
+        "PtySessionInfo",
+        "Result",
+        "ToolCallEvent",
+    ),
     "errors": (
         "BadRequest",
+        "CallNotFound",
         "CellNotFound",
         "Conflict",
         "ConnectionLost",
@@ -122,6 +134,7 @@ __all__ = [
     "AsyncSandbox",
     "Attempt",
     "BadRequest",
+    "CallNotFound",
     "CellError",
     "CellNotFound",
     "Client",
@@ -157,6 +170,7 @@ __all__ = [
     "SandboxInfo",
     "SandboxNotFound",
     "TooLarge",
+    "ToolCallEvent",
     "Unauthorized",
     "UnknownRegionError",
     "UnknownTemplate",

@@ -10,6 +10,7 @@ PodflareError
 ├── Forbidden                the daemon refuses this kind of peer (a web page of another origin)
 ├── SandboxNotFound          no such sandbox for this key (never made, closed, expired)
 ├── CellNotFound             no kept output under this cell id
+├── CallNotFound             the cell made no such tool call
 ├── Conflict                 the sandbox is in a state that does not allow this
 ├── TooLarge                 a body or message above its cap
 ├── QuotaExceeded            an owner's limit is reached
@@ -110,6 +111,13 @@ class SandboxNotFound(PodflareError, LookupError):
 
 class CellNotFound(PodflareError, LookupError):
     code = "cell_not_found"
+    status = 404
+    fault = "caller"
+    retry_safe = True
+
+
+class CallNotFound(PodflareError, LookupError):
+    code = "call_not_found"
     status = 404
     fault = "caller"
     retry_safe = True

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 from urllib.parse import quote, urlencode
 
-from podflare.client._types import INCOMPLETE, CellError, Diff, Event, ExecResult, PathChange, Result
+from podflare.client import _tools
+from podflare.client._types import INCOMPLETE, CellError, Diff, Event, ExecResult, PathChange, Result, ToolCallEvent
 from podflare.errors import BadRequest, ProtocolError
 from podflare.wire import events
 from podflare.wire.api import MAX_FORKS, ForkReport, SandboxInfo
@@ -80,13 +81,24 @@ def destroy(sandbox_id: str) -> Call:
     return Call("DELETE", _sandbox_path(sandbox_id), "close", sandbox_id, repeatable=True)
 
 
-def execute(sandbox_id: str, code: str, language: str, timeout_s: float | None) -> Call:
+def execute(
+    sandbox_id: str,
+    code: str,
+    language: str,
+    timeout_s: float | None,
+    tools: list[dict[str, Any]] | None = None,
+    tool_timeout_s: float | None = None,
+) -> Call:
     """Raises: TypeError if `code` is not a str; BadRequest for a timeout that is not a positive number."""
     if not isinstance(code, str):
         raise TypeError(f"code must be a str, got {type(code).__name__}")
     body: dict[str, Any] = {"code": code, "language": language}
     if timeout_s is not None:
         body["timeout_seconds"] = _seconds(timeout_s)
+    if tools:
+        body["tools"] = tools
+    if tool_timeout_s is not None:
+        body["tool_timeout_seconds"] = _seconds(tool_timeout_s)
     return Call("POST", _sandbox_path(sandbox_id, "/exec"), "run_code", sandbox_id, body=_json_body(body))
 
 
@@ -94,6 +106,15 @@ def _seconds(timeout_s: object) -> float:
     if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not timeout_s > 0:
         raise BadRequest(f"timeout must be a positive number of seconds, got {timeout_s!r:.80}")
     return timeout_s
+
+
+def answer_tool_call(
+    sandbox_id: str, cell_id: str, call_id: str, result: Any, error: Exception | Mapping[str, str] | None
+) -> Call:
+    """Repeatable: a second answer to one call is refused.  Raises: BadRequest if the result is not JSON."""
+    body = _json_body(_tools.answer(call_id, result, error))
+    path = _sandbox_path(sandbox_id, f"/cells/{quote(cell_id, safe='')}/tool_results")
+    return Call("POST", path, "answer to a tool call", sandbox_id, body=body, repeatable=True)
 
 
 def interrupt(sandbox_id: str, cell_id: str | None) -> Call:
@@ -324,7 +345,13 @@ class EventReader:
             body = json.loads(line)
         except (ValueError, RecursionError) as exc:
             raise ProtocolError(f"the daemon sent a line that is not JSON: {line!r:.200}") from exc
-        return Event.from_json(body)
+        event = Event.from_json(body)
+        if event.type != events.TOOL_CALL:
+            return event
+        data = event.data
+        if not isinstance(data, dict) or not isinstance(data.get("input"), dict) or not {"call_id", "name"} <= {*data}:
+            raise ProtocolError(f"the daemon sent a tool call without call_id, name and input: {line!r:.200}")
+        return ToolCallEvent.from_json(body)
 
 
 class ResultBuilder:

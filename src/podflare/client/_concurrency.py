@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -33,6 +34,55 @@ def shield_async() -> contextlib.AbstractContextManager[object]:
 def shield_sync() -> contextlib.AbstractContextManager[object]:
     """Synchronous code cannot be cancelled."""
     return contextlib.nullcontext()
+
+
+async def outcome_async(call: Callable[..., Any], function: Callable[..., Any], *args: object) -> Any:
+    """`call(function, *args)`: a coroutine function as a task of this loop, any other in a thread."""
+    if inspect.iscoroutinefunction(function):
+        return await call(function, *args)
+    outcome = await in_thread_async(call, function, *args)
+    return await outcome if inspect.isawaitable(outcome) else outcome
+
+
+def outcome_sync(call: Callable[..., Any], function: Callable[..., Any], *args: object) -> Any:
+    """In the caller's own thread: what the function uses (a database connection, say) may be bound to it."""
+    return call(function, *args)
+
+
+@contextlib.asynccontextmanager
+async def beside_async() -> AsyncIterator[Callable[..., None]]:
+    """Begin work beside the block: `begin(function, *args)`.  What still runs at its end is cancelled.
+
+    Raises: the first error of the work, which cancels the block.
+    """
+    import anyio  # as above
+
+    failures: list[Exception] = []
+
+    async def one(work: Callable[..., Awaitable[None]], *args: object) -> None:
+        try:
+            await work(*args)
+        except Exception as exc:  # noqa: BLE001  # as below
+            failures.append(exc)
+            tasks.cancel_scope.cancel()
+
+    def begin(work: Callable[..., Awaitable[None]], *args: object) -> None:
+        tasks.start_soon(one, work, *args)
+
+    async with anyio.create_task_group() as tasks:
+        try:
+            yield begin
+        except Exception as exc:  # noqa: BLE001  # raised below, outside the group, which would wrap it
+            failures.append(exc)
+        tasks.cancel_scope.cancel()
+    if failures:
+        raise failures[0]
+
+
+@contextlib.contextmanager
+def beside_sync() -> Iterator[Callable[..., None]]:
+    """The same, one after the other: `begin` returns when the work is done."""
+    yield lambda work, *args: work(*args)
 
 
 async def each_async(

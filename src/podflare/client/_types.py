@@ -9,7 +9,17 @@ from typing import Any, Literal, TypedDict
 
 from podflare.wire.events import Event
 
-__all__ = ["CellError", "Diff", "Event", "ExecResult", "Language", "PathChange", "PtySessionInfo", "Result"]
+__all__ = [
+    "CellError",
+    "Diff",
+    "Event",
+    "ExecResult",
+    "Language",
+    "PathChange",
+    "PtySessionInfo",
+    "Result",
+    "ToolCallEvent",
+]
 
 Language = Literal["python", "bash"]
 
@@ -80,6 +90,30 @@ class ExecResult:
     @property
     def ok(self) -> bool:
         return self.exit_code == 0
+
+
+@dataclass(frozen=True)
+class ToolCallEvent(Event):
+    """An event of type "tool_call": the code waits for the answer of a function of the caller."""
+
+    @property
+    def cell_id(self) -> str:
+        """The cell that waits."""
+        return str(self.extra.get("cell_id", ""))
+
+    @property
+    def call_id(self) -> str:
+        """Unique among all calls of all cells."""
+        return str(self.data["call_id"])
+
+    @property
+    def name(self) -> str:
+        return str(self.data["name"])
+
+    @property
+    def input(self) -> dict[str, Any]:
+        """The arguments by name."""
+        return dict(self.data["input"])
 
 
 @dataclass

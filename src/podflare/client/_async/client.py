@@ -8,14 +8,23 @@ import threading
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
-from podflare.client import _calls, _config, _embedded
+from podflare.client import _calls, _config, _embedded, _tools
 from podflare.client._async.connection import AsyncConnection
 from podflare.client._async.pty import AsyncPtyCalls
-from podflare.client._concurrency import in_thread_async, shield_async
+from podflare.client._concurrency import beside_async, in_thread_async, outcome_async, shield_async
 from podflare.client._files import Content, LocalPath, Target, open_source
+from podflare.client._tools import ToolFunctions, ToolNames
 from podflare.client._transport import AsyncTransport
-from podflare.client._types import Diff, Event, ExecResult, Language
-from podflare.errors import BadRequest, Conflict, ConnectionLost, DaemonUnreachable, PodflareError
+from podflare.client._types import Diff, Event, ExecResult, Language, ToolCallEvent
+from podflare.errors import (
+    BadRequest,
+    CallNotFound,
+    CellNotFound,
+    Conflict,
+    ConnectionLost,
+    DaemonUnreachable,
+    PodflareError,
+)
 from podflare.wire.api import SandboxInfo
 
 _UNDO_TIMEOUT_S = 5.0
@@ -248,21 +257,72 @@ class AsyncClient(AsyncPtyCalls):
         await self._call(_calls.destroy(sandbox_id))
 
     async def run(
-        self, sandbox_id: str, code: str, language: Language = "python", *, timeout: float | None = None
+        self,
+        sandbox_id: str,
+        code: str,
+        language: Language = "python",
+        *,
+        timeout: float | None = None,
+        tools: ToolFunctions | None = None,
+        tool_timeout: float | None = None,
     ) -> ExecResult:
         """As `AsyncSandbox.run_code`."""
+        if not tools:
+            connection = await self.connection()
+            return await connection.run(_calls.execute(sandbox_id, code, language, timeout))
+        builder = _calls.ResultBuilder()
+        awaiting = True  # async only
+        # sync only: awaiting = False
+        declared = _tools.declare_functions(tools, awaiting=awaiting)
+        call = _calls.execute(sandbox_id, code, language, timeout, declared, tool_timeout)
         connection = await self.connection()
-        return await connection.run(_calls.execute(sandbox_id, code, language, timeout))
+        async with beside_async() as begin, contextlib.aclosing(connection.events(call)) as events:
+            async for event in events:
+                builder.add([event])
+                if isinstance(event, ToolCallEvent):
+                    begin(self._serve, sandbox_id, tools, event)
+        return builder.build()
+
+    async def _serve(self, sandbox_id: str, tools: ToolFunctions, event: ToolCallEvent) -> None:
+        """Have the function called, and send what it gave or raised."""
+        cell_id, call_id = event.cell_id, event.call_id
+        try:
+            result = await outcome_async(_tools.invoke, tools[event.name], event.input)
+            call = _calls.answer_tool_call(sandbox_id, cell_id, call_id, result, None)
+        except Exception as exc:  # noqa: BLE001  # whatever the function raises belongs to the code that called it
+            call = _calls.answer_tool_call(sandbox_id, cell_id, call_id, None, exc)
+        # The code may wait no longer: its cell is over, or it gave up this call.
+        with contextlib.suppress(CallNotFound, CellNotFound, Conflict):
+            await self._call(call)
 
     async def exec_stream(
-        self, sandbox_id: str, code: str, language: Language = "python", *, timeout: float | None = None
+        self,
+        sandbox_id: str,
+        code: str,
+        language: Language = "python",
+        *,
+        timeout: float | None = None,
+        tools: ToolNames = (),
+        tool_timeout: float | None = None,
     ) -> AsyncGenerator[Event, None]:
         """As `AsyncSandbox.run_code_stream`."""
         connection = await self.connection()
-        call = _calls.execute(sandbox_id, code, language, timeout)
+        call = _calls.execute(sandbox_id, code, language, timeout, _tools.declare(tools), tool_timeout)
         async with contextlib.aclosing(connection.events(call)) as events:
             async for event in events:
                 yield event
+
+    async def answer_tool_call(
+        self,
+        sandbox_id: str,
+        cell_id: str,
+        call_id: str,
+        *,
+        result: Any = None,
+        error: Exception | Mapping[str, str] | None = None,
+    ) -> None:
+        """As `AsyncSandbox.answer_tool_call`."""
+        await self._call(_calls.answer_tool_call(sandbox_id, cell_id, call_id, result, error))
 
     async def interrupt(self, sandbox_id: str, cell_id: str | None = None) -> bool:
         """As `AsyncSandbox.interrupt`."""

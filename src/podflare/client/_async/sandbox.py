@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from podflare.client._async.client import AsyncClient
     from podflare.client._config import Address
     from podflare.client._files import Content, LocalPath
+    from podflare.client._tools import ToolFunctions, ToolNames
     from podflare.client._types import Diff
     from podflare.wire.api import SandboxInfo
 
@@ -253,30 +254,83 @@ class AsyncSandbox:
         address = self._address
         return address is not None and address.embedded and not _embedded.is_alive(address)
 
-    async def run_code(self, code: str, language: Language = "python", *, timeout: float | None = None) -> ExecResult:
+    async def run_code(
+        self,
+        code: str,
+        language: Language = "python",
+        *,
+        timeout: float | None = None,
+        tools: ToolFunctions | None = None,
+        tool_timeout: float | None = None,
+    ) -> ExecResult:
         """Run a cell and wait for its end.
+
+        With `tools={"query": function}` the code has a coroutine function `query` for the time of this cell:
+        `await query(sql="...")`, by name or by position, or with one dict of all arguments. The function is called
+        here, and what it returns (JSON) or raises is what the `await` gives or raises. An AsyncSandbox serves calls
+        side by side, coroutine functions as tasks, others in threads; a Sandbox one after the other, in the
+        thread that called `run_code`.
 
         Args:
             code: a Python cell for the live REPL, or a bash script.
             language: "python" or "bash".
-            timeout: seconds after which the cell is ended (exit code 124), waiting in the queue not counted.
+            timeout: seconds after which the cell is ended (exit code 124), waiting in the queue not counted, nor the
+                time in which it waits for tools.
+            tools: functions that the code may call, Python cells only.
+            tool_timeout: seconds after which a call raises TimeoutError in the code; None means 270.
         Raises: SandboxNotFound; DeadlineExceeded if the daemon falls silent; ConnectionLost. An exception in the
             cell is no error: see `ExecResult.error` and `exit_code`.
         If cancelled or interrupted: the cell is interrupted too.
         """
-        return await self._client_for("run_code").run(self.id, code, language, timeout=timeout)
+        client = self._client_for("run_code")
+        return await client.run(self.id, code, language, timeout=timeout, tools=tools, tool_timeout=tool_timeout)
 
     async def run_code_stream(
-        self, code: str, language: Language = "python", *, timeout: float | None = None
+        self,
+        code: str,
+        language: Language = "python",
+        *,
+        timeout: float | None = None,
+        tools: ToolNames = (),
+        tool_timeout: float | None = None,
     ) -> AsyncGenerator[Event, None]:
         """The events of a cell as they come; nothing is sent until iterated.
 
-        Leaving the loop early interrupts the cell. Arguments and errors as `run_code`.
+        Leaving the loop early interrupts the cell. Arguments and errors as `run_code`, but `tools` are only names
+        (or a mapping of names to the names of their parameters, so that code may give arguments by position):
+        each call that the code makes is a `ToolCallEvent` with `cell_id`, `call_id`, `name` and `input`, and
+        `answer_tool_call` answers it, from this program or any other that holds the sandbox's id, in any order.
+        An event of type "tool_cancelled", whose `data` has the `call_id`, says that an answer is not waited for any
+        more: the code gave the call up, or its time was over. The end of the cell cancels what is open without one.
         """
-        stream = self._client_for("run_code").exec_stream(self.id, code, language, timeout=timeout)
+        stream = self._client_for("run_code").exec_stream(
+            self.id, code, language, timeout=timeout, tools=tools, tool_timeout=tool_timeout
+        )
         async with contextlib.aclosing(stream) as events:
             async for event in events:
                 yield event
+
+    async def answer_tool_call(
+        self,
+        cell_id: str,
+        call_id: str,
+        *,
+        result: Any = None,
+        error: Exception | Mapping[str, str] | None = None,
+    ) -> None:
+        """Answer a call that a cell of `run_code_stream(..., tools=names)` made: the `await` in the code ends.
+
+        Args:
+            cell_id: of the ToolCallEvent.
+            call_id: of the ToolCallEvent.
+            result: what the call gives; JSON of at most 8 MiB.
+            error: raised in the code instead: an exception, or {"type": ..., "message": ...}. A type that is a built-in
+                exception is raised as that one, any other under its own name.
+        Raises: Conflict if the call has its answer already, was cancelled or timed out, or if its cell is over;
+            CallNotFound, CellNotFound; BadRequest if the result is not JSON or too large.
+        """
+        client = self._client_for("answer_tool_call")
+        await client.answer_tool_call(self.id, cell_id, call_id, result=result, error=error)
 
     async def interrupt(self, cell_id: str | None = None) -> bool:
         """Interrupt the running cell: KeyboardInterrupt in it, its processes ended.  Does not wait for its end.

@@ -9,14 +9,23 @@ import threading
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
-from podflare.client import _calls, _config, _embedded
-from podflare.client._concurrency import in_thread_sync, shield_sync
+from podflare.client import _calls, _config, _embedded, _tools
+from podflare.client._concurrency import beside_sync, in_thread_sync, outcome_sync, shield_sync
 from podflare.client._files import Content, LocalPath, Target, open_source
 from podflare.client._sync.connection import Connection
 from podflare.client._sync.pty import PtyCalls
+from podflare.client._tools import ToolFunctions, ToolNames
 from podflare.client._transport import SyncTransport
-from podflare.client._types import Diff, Event, ExecResult, Language
-from podflare.errors import BadRequest, Conflict, ConnectionLost, DaemonUnreachable, PodflareError
+from podflare.client._types import Diff, Event, ExecResult, Language, ToolCallEvent
+from podflare.errors import (
+    BadRequest,
+    CallNotFound,
+    CellNotFound,
+    Conflict,
+    ConnectionLost,
+    DaemonUnreachable,
+    PodflareError,
+)
 from podflare.wire.api import SandboxInfo
 
 _UNDO_TIMEOUT_S = 5.0
@@ -249,20 +258,70 @@ class Client(PtyCalls):
         self._call(_calls.destroy(sandbox_id))
 
     def run(
-        self, sandbox_id: str, code: str, language: Language = "python", *, timeout: float | None = None
+        self,
+        sandbox_id: str,
+        code: str,
+        language: Language = "python",
+        *,
+        timeout: float | None = None,
+        tools: ToolFunctions | None = None,
+        tool_timeout: float | None = None,
     ) -> ExecResult:
         """As `Sandbox.run_code`."""
+        if not tools:
+            connection = self.connection()
+            return connection.run(_calls.execute(sandbox_id, code, language, timeout))
+        builder = _calls.ResultBuilder()
+        awaiting = False
+        declared = _tools.declare_functions(tools, awaiting=awaiting)
+        call = _calls.execute(sandbox_id, code, language, timeout, declared, tool_timeout)
         connection = self.connection()
-        return connection.run(_calls.execute(sandbox_id, code, language, timeout))
+        with beside_sync() as begin, contextlib.closing(connection.events(call)) as events:
+            for event in events:
+                builder.add([event])
+                if isinstance(event, ToolCallEvent):
+                    begin(self._serve, sandbox_id, tools, event)
+        return builder.build()
+
+    def _serve(self, sandbox_id: str, tools: ToolFunctions, event: ToolCallEvent) -> None:
+        """Have the function called, and send what it gave or raised."""
+        cell_id, call_id = event.cell_id, event.call_id
+        try:
+            result = outcome_sync(_tools.invoke, tools[event.name], event.input)
+            call = _calls.answer_tool_call(sandbox_id, cell_id, call_id, result, None)
+        except Exception as exc:  # noqa: BLE001  # whatever the function raises belongs to the code that called it
+            call = _calls.answer_tool_call(sandbox_id, cell_id, call_id, None, exc)
+        # The code may wait no longer: its cell is over, or it gave up this call.
+        with contextlib.suppress(CallNotFound, CellNotFound, Conflict):
+            self._call(call)
 
     def exec_stream(
-        self, sandbox_id: str, code: str, language: Language = "python", *, timeout: float | None = None
+        self,
+        sandbox_id: str,
+        code: str,
+        language: Language = "python",
+        *,
+        timeout: float | None = None,
+        tools: ToolNames = (),
+        tool_timeout: float | None = None,
     ) -> Generator[Event, None, None]:
         """As `Sandbox.run_code_stream`."""
         connection = self.connection()
-        call = _calls.execute(sandbox_id, code, language, timeout)
+        call = _calls.execute(sandbox_id, code, language, timeout, _tools.declare(tools), tool_timeout)
         with contextlib.closing(connection.events(call)) as events:
             yield from events
+
+    def answer_tool_call(
+        self,
+        sandbox_id: str,
+        cell_id: str,
+        call_id: str,
+        *,
+        result: Any = None,
+        error: Exception | Mapping[str, str] | None = None,
+    ) -> None:
+        """As `Sandbox.answer_tool_call`."""
+        self._call(_calls.answer_tool_call(sandbox_id, cell_id, call_id, result, error))
 
     def interrupt(self, sandbox_id: str, cell_id: str | None = None) -> bool:
         """As `Sandbox.interrupt`."""
