@@ -16,6 +16,8 @@ from podflare.wire.messages import MAX_TEXT_CHARS, MAX_TRACEBACK_CHARS
 
 _OUR_FOLDER = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _MAX_CHAIN = 100
+_MAX_FRAMES = 2000
+"""Of one exception, at 10 us each; above Python's own recursion limit, so that only who raised that loses frames."""
 # Kept, for user code may put something else in its place.
 _TracebackException = traceback.TracebackException
 _MAX_KEPT_SOURCE_CHARS = 64 * 1024 * 1024
@@ -58,15 +60,34 @@ def user_traceback(exc: BaseException, cells: Set[str]) -> Optional[TracebackTyp
     return tb
 
 
+def shortened(tb: Optional[TracebackType]) -> Tuple[Optional[TracebackType], int]:
+    """`tb`, or its first and last frames if it is very long, and how many were left out.  Changes nothing of `tb`."""
+    frames: List[TracebackType] = []
+    rest = tb
+    while rest is not None:
+        frames.append(rest)
+        rest = rest.tb_next
+    left_out = len(frames) - _MAX_FRAMES
+    if left_out <= 0:
+        return tb, 0
+    half = _MAX_FRAMES // 2
+    short: TracebackType = frames[-half]
+    for one in reversed(frames[:half]):
+        short = TracebackType(short, one.tb_frame, one.tb_lasti, one.tb_lineno)
+    return short, left_out
+
+
 def describe(exc: BaseException, cells: Set[str]) -> Tuple[str, str, str]:
     """(class name, message, traceback text with newline) of an uncaught exception; bounded."""
     name = _name(exc)
     # First: the traceback module swallows an interrupt that hits a slow __str__, this does not.
     message = _clip(_message(exc), MAX_TEXT_CHARS)
-    tb = user_traceback(exc, cells)
+    tb, left_out = shortened(user_traceback(exc, cells))
     try:
-        report = _TracebackException(type(exc), exc, tb)
+        report = _TracebackException(type(exc), exc, tb, limit=-_MAX_FRAMES)  # the limit: of what it was raised from
         text = "".join(_format(report, has_frames=tb is not None))
+        if left_out:
+            text = f"[{left_out} frames in the middle are left out]\n{text}"
     except Exception as failure:  # noqa: BLE001  # hostile attributes, recursion, memory: the cell still gets its error
         text = f"{_frames_alone(tb)}{name}: <could not be formatted: {_name(failure)}>\n"
     return name, message, _clip(text, MAX_TRACEBACK_CHARS)

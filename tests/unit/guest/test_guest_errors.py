@@ -129,6 +129,17 @@ def test_hostile_exceptions_end_the_cell_only(guest, code):
     assert guest.run("kept").value == "1"
 
 
+def test_a_very_deep_recursion_is_told_soon(guest):
+    """A raised recursion limit costs the frames in the middle, not seconds; first and last lines are shown."""
+    guest.run("import sys; sys.setrecursionlimit(200_000)\ndef f(n): return f(n - 1) if n else 1 / 0")
+    cell = guest.run("f(100_000)")
+    lines = cell.stderr.splitlines()
+    assert lines[0].endswith("frames in the middle are left out]") and 97_000 < int(lines[0][1:].split()[0]) < 100_002
+    assert lines[1:3] == ["Traceback (most recent call last):", '  File "<cell 2>", line 1, in <module>']
+    assert lines[-1] == "ZeroDivisionError: division by zero"
+    assert guest.run("print(1)").out == "1\n"
+
+
 def test_recursion_is_told_briefly(guest):
     """An endless recursion shows its repeated frames once, not a thousand times."""
     cell = guest.run("def f():\n    f()\nf()")
