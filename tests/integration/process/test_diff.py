@@ -187,16 +187,16 @@ open('/root/big', 'w').write('y' * (1 << 20) + 'z')
     assert time.monotonic() - start < 15
 
 
-def test_too_many_differences_are_an_error_of_their_own(parent, fork):
-    """Beyond the bound of an answer the caller is told to compare less; nothing else is harmed."""
+@pytest.mark.parametrize("make", [
+    # 18,000 paths of 3.8 KB
+    "for _ in range(15): os.mkdir('n' * 250); os.chdir('n' * 250)\nfor n in range(18_000): os.link('/root/few/f', f'{n}')",
+    pytest.param("for n in range(200_001): os.symlink('x', f'{n}')", marks=pytest.mark.soak),
+])  # fmt: skip
+def test_too_many_differences_are_an_error_of_their_own(parent, fork, make):
+    """Beyond the bound of an answer, in paths or bytes, the caller is told to compare less; nothing else is harmed."""
     one, two = fork(parent, 2)
-    two.run("""
-import os
-os.mkdir('/root/many'); os.mkdir('/root/few'); open('/root/few/f', 'w').close()
-first = '/root/many/' + 'x' * 200
-open(first, 'w').close()
-for n in range(200_001): os.link(first, f'/root/many/{n}') if n % 60000 else open(first := f'/root/many/{n}', 'w').close()
-""")
+    two.run("import os\nos.mkdir('/root/many'); os.mkdir('/root/few'); open('/root/few/f', 'w').close()")
+    assert two.run(f"os.chdir('/root/many')\n{make}").error is None
     with pytest.raises(TooLarge, match="compare fewer"):
         diff(one, two)
     assert lists(diff(one, two, ("/root/few",)))[0] == ["/root/few", "/root/few/f"]
@@ -225,13 +225,13 @@ def test_a_machine_that_changes_meanwhile_costs_no_comparison(parent, fork):
     one, two = fork(parent, 2)
     two.start("""
 import os, shutil, time
-ends = time.monotonic() + 3
+ends = time.monotonic() + 1.2
 while time.monotonic() < ends:
     for make in (lambda: open('/root/x', 'w').close(), lambda: os.mkdir('/root/x'), lambda: os.symlink('/etc', '/root/x')):
         make()
         os.rmdir('/root/x') if os.path.isdir('/root/x') and not os.path.islink('/root/x') else os.unlink('/root/x')
 """)
-    ends = time.monotonic() + 2
+    ends = time.monotonic() + 0.8
     while time.monotonic() < ends:
         found = diff(one, two, detail=True)
         assert {*found.added} <= {"/root/x"} and not found.removed
@@ -248,21 +248,19 @@ def test_a_closed_machine_is_no_difference(parent, fork):
 
 
 def test_cost_follows_what_changed(parent, fork):
-    """Ten changes among 100,000 files that both inherited are found in milliseconds."""
-    parent.run("""
-import os
-for d in range(100):
-    os.mkdir(f'/root/{d}')
-    for n in range(1000): open(f'/root/{d}/{n}', 'w').close()
-""")
-    one, two = fork(parent, 2, timeout_s=100)
-    two.run("for n in range(10): open(f'/root/{n}/7', 'w').write('changed')")
-    took = []
-    for _ in range(9):
-        start = time.perf_counter()
-        found = diff(one, two)
-        took.append(time.perf_counter() - start)
-        assert len(found.modified) == 10 and not found.added and not found.removed
-    # The goal is 20 ms; a machine that is busy with other tests gets some more.
-    assert min(took) < 0.04, took
-    print(f"diff of 10 in 100,000: median {sorted(took)[4] * 1000:.1f} ms")
+    """Ten changes among 3,000 files that both inherited are found without a look at the others."""
+    # Links of one file: cheaper to make than files, and as much to look at.
+    parent.run("import os\nopen('/tmp/f', 'w').close()\nfor n in range(3000): os.link('/tmp/f', f'/root/{n}')")
+    one, few, many = fork(parent, 3)
+    few.run("for n in range(10): os.unlink(f'/root/{n}')")
+    many.run("for n in range(3000): os.unlink(f'/root/{n}')")
+    took = {}
+    for other, count in ((few, 10), (many, 3000)):
+        times = []
+        for _ in range(9):
+            start = time.perf_counter()
+            found = diff(one, other)
+            times.append(time.perf_counter() - start)
+            assert len(found.removed) == count and not found.added and not found.modified
+        took[count] = min(times)  # others' work on this machine only adds to it
+    assert took[10] < took[3000] / 2, took

@@ -97,7 +97,7 @@ def test_a_repl_that_sabotages_its_fork_gets_an_error(parent, sabotage):
     parent.run(sabotage)
     before = set(os.listdir(parent.machine.directory.parent))
     try:
-        children = parent.fork(timeout_s=4)
+        children = parent.fork(timeout_s=2)
     except (MachineFailed, IsolationIncomplete, TimeoutError):
         children = []
     for child in children:

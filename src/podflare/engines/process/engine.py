@@ -162,7 +162,7 @@ class ProcessEngine:
             )
         nursery, _ = await self._ready()
         hostnames = [f"fork-{secrets.token_hex(4)}" for _ in range(count)]
-        forking = fork_machine(nursery, self._layers, parent, hostnames, reseed=reseed)
+        forking = fork_machine(nursery, self._layers, parent, hostnames, reseed=reseed, timeout_s=timeout_s)
         try:
             children = await make_owned(forking, timeout_s=timeout_s, discard=lambda made: self._end(*made))
         except PodflareError:

@@ -37,15 +37,23 @@ HANDED_FDS = 10
 """Six namespaces, control, stdout, stderr, fork line (guest/branch.ChildFds)."""
 MAX_REPORT_NAMES = 64
 REPL_FORK_TIMEOUT_S = 10.0
-"""For the fork itself in the REPL; hooks of user code run in it."""
+"""At most, for the fork itself in the REPL; hooks of user code run in it."""
 
 
 async def fork_machine(
-    nursery: Nursery, layers: Layers, parent: ProcessMachine, hostnames: list[str], *, reseed: bool
+    nursery: Nursery,
+    layers: Layers,
+    parent: ProcessMachine,
+    hostnames: list[str],
+    *,
+    reseed: bool,
+    timeout_s: float,
 ) -> list[ProcessMachine]:
     """Children of `parent`, one for each host name, ready for their first cell.
 
     Precondition: no cell runs in the parent.
+    Args:
+        timeout_s: when the caller will give up, for the REPL to do so, too: it is not to stand still for longer.
     Raises: MachineFailed, IsolationIncomplete, DeadlineExceeded; then no child exists.
     If cancelled: no child exists.
     """
@@ -65,7 +73,7 @@ async def fork_machine(
             let_mount(one)
         # One after the other: they get ready side by side, and nobody is left waiting when one fails.
         children = [await receive_confined(nursery, one) for one in unborn]
-        await _fork_repl(nursery, parent, children, reseed=reseed)
+        await _fork_repl(nursery, parent, children, reseed=reseed, timeout_s=min(timeout_s, REPL_FORK_TIMEOUT_S))
         for child in children:
             child.parts.birth.close()
     except BaseException:
@@ -90,7 +98,9 @@ async def _undo(layers: Layers, unborn: list[Unborn]) -> None:
         await give_up(one, layers)
 
 
-async def _fork_repl(nursery: Nursery, parent: ProcessMachine, children: list[ProcessMachine], *, reseed: bool) -> None:
+async def _fork_repl(
+    nursery: Nursery, parent: ProcessMachine, children: list[ProcessMachine], *, reseed: bool, timeout_s: float
+) -> None:
     line = parent.parts.line
     parent.fork_orders += 1
     order = parent.fork_orders
@@ -103,7 +113,7 @@ async def _fork_repl(nursery: Nursery, parent: ProcessMachine, children: list[Pr
         finally:
             for fd in fds:
                 os.close(fd)
-    body = {"order": order, "fork": len(children), "reseed": reseed, "timeout_s": REPL_FORK_TIMEOUT_S}
+    body = {"order": order, "fork": len(children), "reseed": reseed, "timeout_s": timeout_s}
     line.send(json.dumps(body).encode())
     answer: dict[str, Any] = {}
     while answer.get("order") != order:  # the answer to an order that was given up may still be there
