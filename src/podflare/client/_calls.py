@@ -14,6 +14,7 @@ from podflare.errors import BadRequest, ProtocolError
 from podflare.wire import events
 from podflare.wire.api import MAX_FORKS, ForkReport, SandboxInfo
 from podflare.wire.codec import encode_object
+from podflare.wire.tools import Tools
 
 MAX_LINE_BYTES = 256 * 1024 * 1024
 """Cap of one NDJSON line: far above what a daemon sends, and a bound on what a broken one can make us keep."""
@@ -86,7 +87,7 @@ def execute(
     code: str,
     language: str,
     timeout_s: float | None,
-    tools: list[dict[str, Any]] | None = None,
+    tools: Tools | None = None,
     tool_timeout_s: float | None = None,
 ) -> Call:
     """Raises: TypeError if `code` is not a str; BadRequest for a timeout that is not a positive number."""

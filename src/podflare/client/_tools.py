@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from podflare.errors import BadRequest
-from podflare.wire.tools import MAX_RESULT_BYTES, check_json, is_name, read_tools
+from podflare.wire.tools import MAX_RESULT_BYTES, Tools, check_json, is_name, read_tools
 
 ToolFunctions = Mapping[str, Callable[..., Any]]
 """Name in the sandbox -> function here."""
@@ -15,20 +15,19 @@ ToolNames = Iterable[str] | Mapping[str, Iterable[str]]
 """Names, or names with the names of their parameters in order."""
 
 
-def declare(names: ToolNames) -> list[dict[str, Any]]:
+def declare(names: ToolNames) -> Tools:
     """Tools as an exec request has them.
 
     Raises: BadRequest for a name that Python could not call; TypeError if these are no names.
     """
     if isinstance(names, str):
         raise TypeError("tools must be a list of names, or a mapping, got a str")
-    items: list[Any] = list(names)
     if isinstance(names, Mapping):
-        items = [{"name": name, "parameters": list(parameters)} for name, parameters in names.items()]
-    return [tool.to_json() for tool in read_tools(items, error=BadRequest)]
+        return read_tools({name: tuple(parameters) for name, parameters in names.items()}, error=BadRequest)
+    return read_tools(list(names), error=BadRequest)
 
 
-def declare_functions(functions: ToolFunctions, *, awaiting: bool) -> list[dict[str, Any]]:
+def declare_functions(functions: ToolFunctions, *, awaiting: bool) -> Tools:
     """Tools as an exec request has them, with the parameters that can be given by position.
 
     Args:

@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import time
-from typing import Callable, List, NoReturn, Optional, Tuple
+from typing import Callable, List, NoReturn, Optional, Tuple, Union
 
 from podflare.errors import ProtocolError
 from podflare.guest import environment, files, processes, shell
@@ -31,6 +31,7 @@ from podflare.wire.messages import (
     Interrupt,
     Kill,
     Ready,
+    ToolResult,
     from_host,
     to_payload,
 )
@@ -38,6 +39,8 @@ from podflare.wire.version import PROTOCOL
 
 BASH_GRACE_S = 0.25
 """A bash cell that was interrupted may run its traps for this long before it is killed with all it started."""
+_MAX_UNREAD_BYTES = 32 * 1024 * 1024
+"""Answers to tool calls that may wait for a REPL which does not read them."""
 _LAST_READS = 64
 """Reads of what an ended REPL left in its socket; a process that it forked could write there for ever."""
 
@@ -205,11 +208,11 @@ class Agent:
             message = from_host(frame.payload)
             if isinstance(message, Exec):
                 self._start_cell(frame, message)
-            elif isinstance(message, (Interrupt, Kill)):
+            elif isinstance(message, (Interrupt, Kill, ToolResult)):
                 cell = self._cell
                 # For a cell that has ended meanwhile it comes too late.
                 if cell is not None and cell.channel == frame.channel and not cell.ending:
-                    self._kill(cell) if isinstance(message, Kill) else self._interrupt(cell, frame.payload)
+                    self._tell(cell, message, frame.payload)
             else:
                 self._files.handle(frame.channel, message)
 
@@ -235,6 +238,19 @@ class Agent:
         except OSError as exc:
             self._note(cell, f"bash could not be started: {os.strerror(exc.errno or 0)}")
             self._end_cell(cell, shell.CANNOT_RUN, ENDED)
+
+    def _tell(self, cell: _Cell, message: Union[Interrupt, Kill, ToolResult], payload: bytes) -> None:
+        if isinstance(message, Kill):
+            self._kill(cell)
+        elif isinstance(message, Interrupt):
+            self._interrupt(cell, payload)
+        elif not cell.bash_pid and not cell.killed and self._interpreter.link is not None:
+            if self._interpreter.link.queued <= _MAX_UNREAD_BYTES:
+                self._interpreter.link.send(frames.MESSAGE, cell.channel, payload)
+                return
+            # It calls tools and does not read: its answers must not pile up here.
+            self._say_aside("the Python process did not take the answers to its tool calls")
+            self._kill(cell)
 
     def _interrupt(self, cell: _Cell, payload: bytes) -> None:
         first, cell.interrupted = not cell.interrupted, True

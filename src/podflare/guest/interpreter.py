@@ -19,7 +19,10 @@ from podflare.guest import processes, repl
 from podflare.guest.link import Link
 from podflare.guest.output import Output
 from podflare.wire import frames
-from podflare.wire.messages import Error, Exit, Ready, Result, from_guest
+from podflare.wire.messages import Error, Exit, Ready, Result, ToolCall, ToolCancel, from_guest
+
+CellMessage = Union[Result, Error, ToolCall, ToolCancel, Exit]
+"""What the REPL may say of a cell."""
 
 MAX_FAILED_STARTS = 3
 ADOPT_TIMEOUT_S = 60.0
@@ -124,13 +127,13 @@ class Interpreter:
             processes.reap()
         raise GuestBroken("no process can be started any more")
 
-    def receive(self) -> List[Tuple[frames.Frame, Union[Result, Error, Exit]]]:
+    def receive(self) -> List[Tuple[frames.Frame, CellMessage]]:
         """What the REPL says of a cell, as it came and decoded; Ready is taken out and noted.
 
         Raises: EOFError when the REPL is gone; ProtocolError if it sent anything else.
         """
         assert self.link is not None
-        checked: List[Tuple[frames.Frame, Union[Result, Error, Exit]]] = []
+        checked: List[Tuple[frames.Frame, CellMessage]] = []
         for frame in self.link.receive():
             if frame.kind != frames.MESSAGE:
                 raise ProtocolError(f"the Python process sent a frame of kind {frame.kind}")
@@ -138,7 +141,7 @@ class Interpreter:
             if isinstance(message, Ready):
                 self._failed_starts = 0
                 self.python = message.python
-            elif isinstance(message, (Result, Error, Exit)):
+            elif isinstance(message, (Result, Error, ToolCall, ToolCancel, Exit)):
                 checked.append((frame, message))
             else:
                 raise ProtocolError(f"the Python process sent {message.op!r}")

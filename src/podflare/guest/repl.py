@@ -17,12 +17,13 @@ import socket
 import sys
 from typing import Any, Callable, List, NoReturn, Optional, Tuple
 
-from podflare.guest import display, environment, namespace, tracebacks
+from podflare.guest import display, environment, namespace, randomness, tracebacks
 from podflare.guest.branch import HELLO, ChildFds, ForkLine, Newborn, fork_children
 from podflare.guest.cells import NO_VALUE, Awaiter, Compiler, exit_status
 from podflare.guest.descriptors import close_all_but
 from podflare.guest.interrupts import InterruptGate
 from podflare.guest.stdio import StandardStreams, high_copy
+from podflare.guest.tools import ToolCalls
 from podflare.wire import frames
 from podflare.wire.events import EXIT_INTERRUPTED
 from podflare.wire.messages import ENDED, INTERRUPTED, Error, Exec, Exit, Message, Ready, Result, from_host, to_payload
@@ -60,6 +61,7 @@ def main(
         repl = Repl(link, StandardStreams(), line)
         namespace.hide_bundle()
         namespace.open_paths(with_site=with_site, prepared=first)
+        randomness.reseed()  # of what was imported before this machine was made, which all others have, too
         repl.serve()
         status = 0
     except BaseException as exc:  # noqa: BLE001  # whatever it is, this must not return into the agent's code
@@ -140,6 +142,7 @@ class Repl:
         self._awaiter = Awaiter()
         self._sources = tracebacks.CellSources()
         self._main = namespace.make_main()
+        self._tools = ToolCalls(link, self._gate, self._send)
         self._pid = os.getpid()
         self._channel: Optional[int] = None
         self._last_words: List[Message] = []
@@ -174,6 +177,8 @@ class Repl:
         if os.getpid() != self._pid:
             # A child that user code forked reached the end of the cell: it must not speak for the REPL.
             os._exit(code)
+        # Where no interrupt can cut it short, so that no tool stays behind.
+        self._tools.end()
         with self._send_lock:
             self._channel = None
             self._link.send(channel, *self._last_words, Exit(code=code, reason=reason))
@@ -202,6 +207,7 @@ class Repl:
 
     def _execute(self, cell: Exec) -> None:
         self._sources.add(cell.name, cell.code)
+        self._tools.begin(cell.tools, self._main.__dict__)
         compiled = self._compiler.compile(cell.code, cell.name)
         # The module, not its dict, is kept: user code may put another `__main__` in its place.
         value = compiled.run(self._main.__dict__, self._awaiter)

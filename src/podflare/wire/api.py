@@ -9,6 +9,14 @@ from typing import Any, Dict, Iterable, Mapping, Optional, Tuple
 from podflare.errors import BadRequest
 from podflare.wire.codec import Fields
 from podflare.wire.messages import LANGUAGES, MAX_CODE_CHARS, MAX_PATH_CHARS
+from podflare.wire.tools import (
+    DEFAULT_TIMEOUT_S,
+    MAX_ERROR_CHARS,
+    MAX_RESULT_BYTES,
+    Tools,
+    check_json,
+    read_tools,
+)
 
 DEFAULT_TEMPLATE = "default"
 DEFAULT_RAM_MIB = 1024
@@ -62,6 +70,9 @@ class ExecRequest:
     code: str
     language: str = "python"
     timeout_seconds: Optional[float] = None
+    """Of running; the time in which the cell waits for tools does not count."""
+    tools: Tools = field(default_factory=dict)
+    tool_timeout_seconds: float = DEFAULT_TIMEOUT_S
 
     @classmethod
     def from_json(cls, body: Dict[str, Any]) -> "ExecRequest":
@@ -70,11 +81,44 @@ class ExecRequest:
         language = read.text("language", max_chars=32, default="python")
         if language not in LANGUAGES:
             raise read.fail("language", "one of " + ", ".join(LANGUAGES))
+        tools = read_tools(body.get("tools"), error=BadRequest)
+        if tools and language != "python":
+            raise BadRequest("exec request: only Python code can call 'tools'")
+        tool_timeout = read.optional_number("tool_timeout_seconds", low=0.001, high=MAX_LIFETIME_S)
         return cls(
             code=read.text("code", max_chars=MAX_CODE_CHARS),
             language=language,
             timeout_seconds=read.optional_number("timeout_seconds", low=0.001, high=MAX_LIFETIME_S),
+            tools=tools,
+            tool_timeout_seconds=DEFAULT_TIMEOUT_S if tool_timeout is None else tool_timeout,
         )
+
+
+@dataclass(frozen=True)
+class ToolAnswer:
+    """Body of POST /v1/sandboxes/{id}/cells/{cell}/tool_results: `result` or `error`."""
+
+    call_id: str
+    result: Any = None
+    error_type: str = ""
+    """Name of the exception to raise in the code; empty if there is a result."""
+    error_message: str = ""
+
+    @classmethod
+    def from_json(cls, body: Dict[str, Any]) -> "ToolAnswer":
+        """Raises: BadRequest that names the key and what it must be."""
+        read = Fields(body, error=BadRequest, what="tool result")
+        call_id = read.text("call_id", max_chars=128)
+        if "error" not in body:
+            check_json(read.value("result"), max_bytes=MAX_RESULT_BYTES, error=BadRequest, what="tool result: 'result'")
+            return cls(call_id, read.value("result"))
+        error = body["error"]
+        if not isinstance(error, dict) or "result" in body:
+            raise BadRequest("tool result: 'error' must be an object with type and message, without 'result'")
+        read = Fields(error, error=BadRequest, what="tool result: error")
+        kind = read.text("type", max_chars=MAX_ERROR_CHARS)
+        message = read.text("message", max_chars=MAX_ERROR_CHARS, default="")
+        return cls(call_id, error_type=kind or "ToolError", error_message=message)
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,10 @@ class Fields:
     def _get(self, key: str) -> Any:
         return self._value.get(key)
 
+    def value(self, key: str) -> Any:
+        """As it is, for the caller to check; None when absent."""
+        return self._get(key)
+
     def fail(self, key: str, expected: str) -> PodflareError:
         """The error for `key`, ready to raise."""
         got = self._value.get(key)

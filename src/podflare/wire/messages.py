@@ -11,6 +11,8 @@ from typing import Any, Callable, ClassVar, Dict, Optional, Tuple, Type, Union
 
 from podflare.errors import ProtocolError
 from podflare.wire.codec import Fields, decode_object, encode_object
+from podflare.wire.tools import MAX_ERROR_CHARS, MAX_INPUT_BYTES, MAX_NAME_CHARS, Tools, check_json, read_tools
+from podflare.wire.variables import ANSWERS, ORDERS, READERS, VariablesAnswer, VariablesCommit, VariablesOrder
 
 MAX_CODE_CHARS = 8 * 1024 * 1024
 MAX_PATH_CHARS = 4096
@@ -44,6 +46,21 @@ class Exec:
     language: str = "python"
     name: str = "<cell>"
     """Stable file name of the cell in tracebacks, for example `<cell 3>`."""
+    tools: Tools = field(default_factory=dict)
+    """Functions that the code of a Python cell has, whose calls the host answers."""
+
+
+@dataclass(frozen=True)
+class ToolResult:
+    """Host: the answer to the call `call` of the cell, once.  One that crosses its ToolCancel is dropped."""
+
+    op: ClassVar[str] = "tool_result"
+    call: int = 0
+    value: Any = None
+    """What the call gives, JSON."""
+    error: str = ""
+    """If not empty, the name of the exception that it raises instead."""
+    message: str = ""
 
 
 @dataclass(frozen=True)
@@ -131,6 +148,25 @@ class Error:
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """Guest: code calls a tool and waits for its ToolResult."""
+
+    op: ClassVar[str] = "tool_call"
+    call: int = 0
+    """Chosen by the guest; never used twice in a cell."""
+    name: str = ""
+    input: Dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ToolCancel:
+    """Guest: the code waits for this call's answer no longer."""
+
+    op: ClassVar[str] = "tool_cancel"
+    call: int = 0
+
+
+@dataclass(frozen=True)
 class Exit:
     """Guest: the cell is over; nothing follows on its channel."""
 
@@ -164,8 +200,12 @@ class FileFailed:
     message: str = ""
 
 
-HostMessage = Union[Exec, Interrupt, Kill, FileWrite, FileRead, Ack, DataEnd, Cancel]
-GuestMessage = Union[Ready, Result, Error, Exit, Ack, DataEnd, FileOpened, FileDone, FileFailed]
+HostMessage = Union[
+    Exec, ToolResult, Interrupt, Kill, FileWrite, FileRead, Ack, DataEnd, Cancel, VariablesOrder, VariablesCommit
+]
+GuestMessage = Union[
+    Ready, Result, Error, ToolCall, ToolCancel, Exit, Ack, DataEnd, FileOpened, FileDone, FileFailed, VariablesAnswer
+]
 Message = Union[HostMessage, GuestMessage]
 
 LANGUAGES: Tuple[str, ...] = ("python", "bash")
@@ -210,7 +250,29 @@ def _exec(read: Fields) -> Exec:
         code=read.text("code", max_chars=MAX_CODE_CHARS),
         language=language,
         name=read.text("name", max_chars=256, default="<cell>"),
+        tools=read_tools(read.value("tools"), error=ProtocolError),
     )
+
+
+def _tool_result(read: Fields) -> ToolResult:
+    return ToolResult(
+        call=_call(read),
+        value=read.value("value"),
+        error=read.text("error", max_chars=MAX_ERROR_CHARS, default=""),
+        message=read.text("message", max_chars=MAX_ERROR_CHARS, default=""),
+    )
+
+
+def _tool_call(read: Fields) -> ToolCall:
+    given = read.value("input")
+    if not isinstance(given, dict):
+        raise read.fail("input", "an object")
+    check_json(given, max_bytes=MAX_INPUT_BYTES, error=ProtocolError, what="guest message: 'input'")
+    return ToolCall(call=_call(read), name=read.text("name", max_chars=MAX_NAME_CHARS), input=given)
+
+
+def _call(read: Fields) -> int:
+    return read.integer("call", low=1, high=_MAX_SIZE)
 
 
 def _result(read: Fields) -> Result:
@@ -245,6 +307,7 @@ def _path(read: Fields) -> str:
 
 _READERS: Dict[str, Callable[[Fields], Message]] = {
     "exec": _exec,
+    "tool_result": _tool_result,
     "interrupt": lambda read: Interrupt(),
     "kill": lambda read: Kill(),
     "file_write": lambda read: FileWrite(path=_path(read)),
@@ -261,6 +324,8 @@ _READERS: Dict[str, Callable[[Fields], Message]] = {
         value=read.text("value", max_chars=MAX_TEXT_CHARS),
         traceback=read.text("traceback", max_chars=MAX_TRACEBACK_CHARS),
     ),
+    "tool_call": _tool_call,
+    "tool_cancel": lambda read: ToolCancel(call=_call(read)),
     "exit": _exit,
     "file_opened": lambda read: FileOpened(size=read.integer("size", low=0, high=_MAX_SIZE)),
     "file_done": lambda read: FileDone(size=read.integer("size", low=0, high=_MAX_SIZE)),
@@ -270,5 +335,11 @@ _READERS: Dict[str, Callable[[Fields], Message]] = {
     ),
 }
 
-_HOST = {cls.op: cls for cls in (Exec, Interrupt, Kill, FileWrite, FileRead, Ack, DataEnd, Cancel)}
-_GUEST = {cls.op: cls for cls in (Ready, Result, Error, Exit, Ack, DataEnd, FileOpened, FileDone, FileFailed)}
+_HOST = {cls.op: cls for cls in (Exec, ToolResult, Interrupt, Kill, FileWrite, FileRead, Ack, DataEnd, Cancel)}
+_GUEST = {
+    cls.op: cls
+    for cls in (Ready, Result, Error, ToolCall, ToolCancel, Exit, Ack, DataEnd, FileOpened, FileDone, FileFailed)
+}
+_READERS.update(READERS)
+_HOST.update({cls.op: cls for cls in (*ORDERS, VariablesCommit)})
+_GUEST.update({cls.op: cls for cls in ANSWERS})

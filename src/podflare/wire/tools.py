@@ -6,11 +6,13 @@ A call travels from the REPL to the caller as an event of its cell, its answer b
 from __future__ import annotations
 
 import keyword
-from dataclasses import dataclass
 from typing import Any, Dict, List, Tuple, Type
 
 from podflare.errors import PodflareError
 from podflare.wire.codec import encode_object
+
+Tools = Dict[str, Tuple[str, ...]]
+"""Name of each tool, and its parameters in order, so that code may give arguments by position."""
 
 MAX_TOOLS = 128
 MAX_PARAMETERS = 64
@@ -30,44 +32,32 @@ DEFAULT_TIMEOUT_S = 270.0
 """After which a call that nobody answered raises TimeoutError in the code."""
 
 
-@dataclass(frozen=True)
-class Tool:
-    """What the sandbox knows of a function: its name, and how to name arguments that are given by position."""
-
-    name: str
-    parameters: Tuple[str, ...] = ()
-
-    def to_json(self) -> Dict[str, Any]:
-        return {"name": self.name, "parameters": list(self.parameters)}
-
-
-def read_tools(value: Any, *, error: Type[PodflareError]) -> Tuple[Tool, ...]:
-    """Tools of an exec request: each a name, or an object with `name` and `parameters`.  None means none.
+def read_tools(value: Any, *, error: Type[PodflareError]) -> Tools:
+    """Tools of an exec request: a list of names, or an object with the parameters of each.  None means none.
 
     Raises: `error` that says what is wrong with which.
     """
     if value is None:
-        return ()
-    if not isinstance(value, list) or len(value) > MAX_TOOLS:
-        raise error(f"'tools' must be a list of at most {MAX_TOOLS} tools")
-    tools = tuple(_read_tool(item, error) for item in value)
-    if len({tool.name for tool in tools}) < len(tools):
-        raise error("'tools' has the same name twice")
-    return tools
+        return {}
+    if isinstance(value, list):
+        listed, value = value, {name: () for name in value if isinstance(name, str)}
+        if len(value) < len(listed):
+            raise error("'tools' must be different names")
+    if not isinstance(value, dict) or len(value) > MAX_TOOLS:
+        raise error(f"'tools' must be at most {MAX_TOOLS} names, or an object of names and their parameters")
+    return {_name(name, error): _parameters(name, parameters, error) for name, parameters in value.items()}
 
 
-def _read_tool(item: Any, error: Type[PodflareError]) -> Tool:
-    if isinstance(item, str):
-        item = {"name": item}
-    if not isinstance(item, dict):
-        raise error(f"a tool is a name or an object with a name, got {item!r:.80}")
-    name, parameters = item.get("name"), item.get("parameters") or []
-    if not isinstance(parameters, list) or len(parameters) > MAX_PARAMETERS:
-        raise error(f"tool {name!r:.80}: 'parameters' must be a list of at most {MAX_PARAMETERS} names")
-    for word in (name, *parameters):
-        if not is_name(word):
-            raise error(f"a tool and its parameters have names that Python can call, got {word!r:.80}")
-    return Tool(name, tuple(parameters))
+def _parameters(tool: str, parameters: Any, error: Type[PodflareError]) -> Tuple[str, ...]:
+    if not isinstance(parameters, (list, tuple)) or len(parameters) > MAX_PARAMETERS:
+        raise error(f"the parameters of tool {tool!r:.80} must be a list of at most {MAX_PARAMETERS} names")
+    return tuple(_name(parameter, error) for parameter in parameters)
+
+
+def _name(word: Any, error: Type[PodflareError]) -> str:
+    if not is_name(word):
+        raise error(f"a tool and its parameters have names that Python can call, got {word!r:.80}")
+    return str(word)
 
 
 def is_name(word: Any) -> bool:
