@@ -335,7 +335,9 @@ _READERS: Dict[str, Callable[[Fields], Message]] = {
     ),
 }
 
-_HOST: Dict[str, Type[Any]] = {cls.op: cls for cls in (Exec, ToolResult, Interrupt, Kill, FileWrite, FileRead, Ack, DataEnd, Cancel)}
+_HOST: Dict[str, Type[Any]] = {
+    cls.op: cls for cls in (Exec, ToolResult, Interrupt, Kill, FileWrite, FileRead, Ack, DataEnd, Cancel)
+}
 _GUEST: Dict[str, Type[Any]] = {
     cls.op: cls
     for cls in (Ready, Result, Error, ToolCall, ToolCancel, Exit, Ack, DataEnd, FileOpened, FileDone, FileFailed)
