@@ -24,7 +24,7 @@ from podflare.host.daemon import Daemon
 from podflare.host.origin import check_origin
 from podflare.host.sandbox import Sandbox
 from podflare.host.telemetry import current_trace, parse_traceparent
-from podflare.wire.api import CreateRequest, DiffRequest, ExecRequest, ForkRequest, error_body
+from podflare.wire.api import CreateRequest, DiffRequest, ExecRequest, ForkRequest, ToolAnswer, error_body
 from podflare.wire.events import STDERR, STDOUT
 
 NDJSON = b"application/x-ndjson"
@@ -89,6 +89,7 @@ class App:
             ("POST", f"{one}/merge_into/{{winner}}", self._merge),
             ("GET", f"{one}/diff/{{other}}", self._diff),
             ("POST", f"{one}/interrupt", self._interrupt),
+            ("POST", f"{one}/cells/{{cell}}/tool_results", self._answer_tool_call),
             ("GET", f"{one}/replay", self._replay),
             ("PUT", f"{one}/files", self._upload),
             ("GET", f"{one}/files", self._download),
@@ -261,6 +262,12 @@ class App:
             raise BadRequest("interrupt request: 'cell_id' must be a string")
         told = sandbox.interrupt(cell_id)
         await http.send_json(send, 200, {"interrupted": told is not None, "cell_id": told})
+
+    async def _answer_tool_call(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sandbox = await self._sandbox(scope)
+        answer = ToolAnswer.from_json(await self._object(scope, receive, "tool result"))
+        sandbox.answer(scope["path_params"]["cell"], answer)
+        await http.send_nothing(send)
 
     async def _replay(self, scope: Scope, receive: Receive, send: Send) -> None:
         sandbox = await self._sandbox(scope)

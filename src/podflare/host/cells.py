@@ -18,12 +18,31 @@ from podflare.host.config import Config
 from podflare.host.guest_link import GuestLink
 from podflare.host.kept import KeptOutput, Room
 from podflare.host.output import CappedStream, EventFeed, ReplayBuffer
+from podflare.host.tools import ToolCalls
 from podflare.wire import events, frames
-from podflare.wire.api import ExecRequest
-from podflare.wire.messages import DIED, INTERRUPTED, Error, Exec, Exit, Interrupt, Kill, Result, from_guest, to_payload
+from podflare.wire.api import ExecRequest, ToolAnswer
+from podflare.wire.messages import (
+    DIED,
+    INTERRUPTED,
+    Error,
+    Exec,
+    Exit,
+    Interrupt,
+    Kill,
+    Result,
+    ToolCall,
+    ToolCancel,
+    ToolResult,
+    from_guest,
+    to_payload,
+)
+from podflare.wire.tools import MAX_INPUT_BYTES
 
 SMALL_MESSAGE_BYTES = 64 * 1024
-"""Messages up to this size are always decoded; larger ones can only be results, and count against their cap first."""
+"""Messages up to this size are always decoded; larger results count against their cap first."""
+MAX_CALL_BYTES = MAX_INPUT_BYTES + 4096
+"""Of a message that is a tool call."""
+_CALL_START = to_payload(ToolCall())[: len('{"op":"tool_call"')]
 MIN_RESULT_CHARGE = 1024
 
 # Why the host ends a cell; values of `reason` in its exit event.
@@ -48,8 +67,8 @@ class Ending:
 def check_fits(request: ExecRequest) -> None:
     """Raises: TooLarge if the code is above what one frame to the guest holds."""
     # At worst each character becomes a \\uXXXX escape; only code that could be too large is encoded to see.
-    if 6 * len(request.code) + 1024 > frames.MAX_MESSAGE_BYTES:
-        size = len(to_payload(Exec(request.code, request.language)))
+    if 6 * len(request.code) + 1024 > frames.MAX_MESSAGE_BYTES or request.tools:
+        size = len(to_payload(Exec(request.code, request.language, tools=request.tools)))
         if size + 1024 > frames.MAX_MESSAGE_BYTES:
             raise TooLarge(f"code of {size} bytes when encoded, the cap is {frames.MAX_MESSAGE_BYTES}")
 
@@ -105,6 +124,16 @@ class Cell:
         }
         self._result_left = self._config.max_result_bytes
         self._results_dropped = 0
+        self._calls = ToolCalls(
+            cell_id,
+            request.tools,
+            request.tool_timeout_seconds,
+            emit=self._tell_of_call,
+            reply=self._reply_to_call,
+            changed=self._set_waiting,
+        )
+        self._time_left_s = request.timeout_seconds
+        self._clock_from_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._beat_timer: asyncio.TimerHandle | None = None
         self._beat_due = False
@@ -118,15 +147,14 @@ class Cell:
         """Send the cell to the guest.  Raises: TooLarge, MachineFailed; then it did not start."""
         self._channel = link.attach(self)
         try:
-            message = Exec(self.request.code, self.request.language, name=name)
+            message = Exec(self.request.code, self.request.language, name=name, tools=self.request.tools)
             link.say(self._channel, message)
         except BaseException:
             link.detach(self._channel)
             raise
         self._link = link
         self.started_at_s = time.monotonic()
-        if self.request.timeout_seconds is not None:
-            self._after(self.request.timeout_seconds, lambda: self.stop(STOP_TIMED_OUT))
+        self._set_waiting(False)
 
     def tell(self, line: str) -> None:
         """A line of the host's own, on stderr."""
@@ -167,6 +195,32 @@ class Cell:
             self._timer.cancel()
             self._timer = None
 
+    # Tools.
+
+    def answer(self, answer: ToolAnswer) -> None:
+        """Pass on the answer to a tool call.  Raises: as ToolCalls.answer."""
+        self._calls.answer(answer)
+
+    def _tell_of_call(self, kind: str, data: dict[str, object]) -> None:
+        if self._reader:
+            self._feed.put(kind, data, _now_ms(), {"cell_id": self.id})
+            self._awake.set()
+
+    def _reply_to_call(self, message: ToolResult) -> None:
+        if self._link is not None:
+            self._link.say(self._channel, message)
+
+    def _set_waiting(self, waiting: bool) -> None:
+        """The cell's clock stands still while it waits for tools: their time is not its own."""
+        if self._time_left_s is None or self.stopping or self._link is None:
+            return
+        if waiting:
+            self._time_left_s -= time.monotonic() - self._clock_from_s
+            self._cancel_timer()
+        else:
+            self._clock_from_s = time.monotonic()
+            self._after(max(0.0, self._time_left_s), lambda: self.stop(STOP_TIMED_OUT))
+
     def _hold(self, stop: bool) -> None:
         if stop and self._link is not None:
             self._held = self._link
@@ -184,7 +238,11 @@ class Cell:
             self._on_output(stream, frame.payload)
         elif frame.kind != frames.MESSAGE:
             raise ProtocolError(f"frame of kind {frame.kind} within a cell")
-        elif len(frame.payload) > SMALL_MESSAGE_BYTES and not self._admit_result(len(frame.payload)):
+        elif len(frame.payload) <= SMALL_MESSAGE_BYTES:
+            self._on_message(frame.payload)
+        elif frame.payload.startswith(_CALL_START):
+            self._on_large_call(frame.payload)
+        elif not self._admit_result(len(frame.payload)):
             self._results_dropped += 1
         else:
             self._on_message(frame.payload)
@@ -204,14 +262,28 @@ class Cell:
             assert self._link is not None
             self._link.detach(self._channel)
             self._cancel_timer()
+            self._calls.close()
             self._sandbox.cell_said_exit(self, message)
         elif isinstance(message, (Result, Error)):
             if len(payload) <= SMALL_MESSAGE_BYTES and not self._admit_result(max(len(payload), MIN_RESULT_CHARGE)):
                 self._results_dropped += 1
             elif self._reader:
                 self._put_result(message)
+        elif isinstance(message, ToolCall):
+            self._calls.on_call(message)
+        elif isinstance(message, ToolCancel):
+            self._calls.on_cancel(message)
         else:
             raise ProtocolError(f"message {message.op!r} within a cell")
+
+    def _on_large_call(self, payload: bytes) -> None:
+        # It begins as a call does, so that it does not count as a result: then it must be one.
+        if len(payload) > MAX_CALL_BYTES:
+            raise ProtocolError(f"tool call of {len(payload)} bytes, the cap is {MAX_CALL_BYTES}")
+        message = from_guest(payload)
+        if not isinstance(message, ToolCall):
+            raise ProtocolError(f"message {message.op!r} that begins as a tool call")
+        self._calls.on_call(message)
 
     def _admit_result(self, size: int) -> bool:
         if size > self._result_left:
@@ -231,6 +303,7 @@ class Cell:
         # The sandbox hears it too, learns why, and finishes all its cells.
         self._link = None
         self._cancel_timer()
+        self._calls.close()
 
     # The end.
 
@@ -240,6 +313,7 @@ class Cell:
             return
         self.over = True
         self._cancel_timer()
+        self._calls.close()
         if self._link is not None:
             self._link.detach(self._channel)
             self._link = None

@@ -248,9 +248,25 @@ class Daemon:
         with anyio.move_on_after(CLOSE_WAIT_S):
             await sandbox.gone.wait()
 
-    def describe(self, sandbox: Sandbox) -> SandboxInfo:
+    def describe(self, sandbox: Sandbox, usage: SandboxUsage | None = None) -> SandboxInfo:
         """What is told about a sandbox."""
-        return sandbox.info(self.registry.forks_of(sandbox.id))
+        return sandbox.info(self.registry.forks_of(sandbox.id), usage)
+
+    async def measure(self, sandboxes: Sequence[Sandbox]) -> dict[str, SandboxUsage]:
+        """By id what each uses now.  Those that cannot be measured in time are missing."""
+        found: dict[str, SandboxUsage] = {}
+
+        async def one(sandbox: Sandbox) -> None:
+            async with self._measuring:
+                usage = await sandbox.measure()
+            if usage is not None:
+                found[sandbox.id] = usage
+
+        with anyio.move_on_after(MEASURE_WAIT_S):
+            async with anyio.create_task_group() as tasks:
+                for sandbox in sandboxes:
+                    tasks.start_soon(one, sandbox)
+        return found
 
     async def shut_down(self) -> None:
         """End every sandbox, then the engine; bounded by `shutdown_s`, after which the engine alone is closed."""

@@ -69,6 +69,20 @@ def document() -> dict[str, Any]:
     # Shapes within shapes: one place for all.
     for schema in list(schemas.values()):
         schemas.update(schema.pop("$defs", {}))
+    # The dataclass knows only the form that both become.
+    names = {"type": "array", "items": {"type": "string"}}
+    schemas["ExecRequest"]["properties"]["tools"] = {
+        "anyOf": [names, {"type": "object", "additionalProperties": names}]
+    }
+    schemas["ToolAnswer"] = {
+        "type": "object",
+        "required": ["call_id"],
+        "properties": {
+            "call_id": {"type": "string"},
+            "result": {"description": "any JSON"},
+            "error": _object(type="string", message="string"),
+        },
+    }
     schemas["Error"] = _object(error="string", code="string")
     schemas["Sandboxes"] = {
         "type": "object",
@@ -78,7 +92,7 @@ def document() -> dict[str, Any]:
         "type": "object",
         "required": ["type", "data", "seq", "ts"],
         "properties": {
-            "type": {"enum": ["stdout", "stderr", "result", "error", "exit"]},
+            "type": {"enum": ["stdout", "stderr", "result", "error", "tool_call", "tool_cancelled", "exit"]},
             "data": {"description": "a line; or an object; or with exit the exit code"},
             "seq": {"type": "integer"},
             "ts": {"type": "integer"},
@@ -215,6 +229,11 @@ def _paths() -> dict[str, Any]:
         },
         "/v1/sandboxes/{id}/cells/{cell}/output": {
             "get": _operation("Whole output of a cell", gives=raw, query=[("stream", False)])
+        },
+        "/v1/sandboxes/{id}/cells/{cell}/tool_results": {
+            "post": _operation(
+                "Answer a tool call", takes=_content("application/json", _ref("ToolAnswer")), status=204
+            )
         },
     }
     for path, operations in paths.items():

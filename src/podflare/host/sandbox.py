@@ -29,7 +29,7 @@ from podflare.host.lineage import Lineage, Terms, losses
 from podflare.host.output import ReplayBuffer
 from podflare.host.turns import Turn
 from podflare.wire import events
-from podflare.wire.api import ExecRequest, SandboxInfo
+from podflare.wire.api import ExecRequest, SandboxInfo, SandboxUsage, ToolAnswer
 from podflare.wire.messages import DIED, Exit
 
 QUIET_CELL_S = 0.1
@@ -203,6 +203,11 @@ class Sandbox:
         else:
             cell.stop(STOP_INTERRUPTED)
         return cell.id
+
+    def answer(self, cell_id: str, answer: ToolAnswer) -> None:
+        """Answer a tool call of a cell.  Raises: CellNotFound, CallNotFound; Conflict if it waits no longer."""
+        self.touch()
+        self._find(cell_id).answer(answer)
 
     def give_up(self, cause: str) -> None:
         self.end(f"machine closed: {cause}")
@@ -442,7 +447,20 @@ class Sandbox:
         if link is self._link:
             self.end(f"machine closed: {cause}")
 
-    def info(self, children: tuple[str, ...] = ()) -> SandboxInfo:
+    async def measure(self) -> SandboxUsage | None:
+        """What it uses now; None if that could not be measured in time."""
+        with anyio.move_on_after(USAGE_TIMEOUT_S):
+            found = await self._machine.usage(detail=True)
+            return SandboxUsage(
+                memory_bytes=found.memory_bytes,
+                private_memory_bytes=found.private_memory_bytes,
+                processes=found.processes,
+                changed_files=found.changed_files,
+                disk_bytes=found.disk_bytes,
+            )
+        return None
+
+    def info(self, children: tuple[str, ...] = (), usage: SandboxUsage | None = None) -> SandboxInfo:
         """What is told about it.  `ready` also while a cell runs: it accepts work."""
         return SandboxInfo(
             id=self.id,
@@ -463,4 +481,5 @@ class Sandbox:
             generation=self.lineage.generation,
             children=children,
             fork_report=self.lineage.fork_report,
+            usage=usage,
         )
