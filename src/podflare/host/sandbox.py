@@ -240,6 +240,11 @@ class Sandbox:
     def machine(self) -> Machine:
         return self._machine
 
+    @property
+    def link(self) -> GuestLink:
+        """The conversation with the guest of now; `become` replaces it."""
+        return self._link
+
     def heritage(self) -> Lineage:
         """What a fork made now has of this sandbox."""
         return Lineage(self.id, self.lineage.generation + 1, self._names)
