@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from podflare.errors import UnknownTemplate as UnknownTemplate
     from podflare.wire.api import ForkReport as ForkReport
     from podflare.wire.api import SandboxInfo as SandboxInfo
+    from podflare.wire.api import SandboxUsage as SandboxUsage
     from podflare.wire.events import Event as Event
 
     REGIONS: dict[str, str]
@@ -119,7 +120,7 @@ _HOMES = {
         "UnknownRegionError",
         "UnknownTemplate",
     ),
-    "wire.api": ("ForkReport", "SandboxInfo"),
+    "wire.api": ("ForkReport", "SandboxInfo", "SandboxUsage"),
     "wire.events": ("Event",),
 }
 """Where each public name lives."""
@@ -169,6 +170,7 @@ __all__ = [
     "Sandbox",
     "SandboxInfo",
     "SandboxNotFound",
+    "SandboxUsage",
     "TooLarge",
     "ToolCallEvent",
     "Unauthorized",

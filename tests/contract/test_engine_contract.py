@@ -186,9 +186,11 @@ def test_limits_and_usage(engine, portal):
             # rlimits, which hold them where no control group does, cannot be raised by an ordinary user.
             assert "memory_limit" not in machine.walls
             assert machine.spec.limits == LIMITS
-        assert isinstance(await machine.usage(), Usage)
+        for detail in (False, True):
+            assert isinstance(await machine.usage(detail=detail), Usage)
         await machine.aclose()
-        assert isinstance(await machine.usage(), Usage)
+        for detail in (False, True):
+            assert isinstance(await machine.usage(detail=detail), Usage)
         with pytest.raises(MachineFailed):
             await machine.set_limits(LIMITS)
 

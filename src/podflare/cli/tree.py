@@ -11,13 +11,15 @@ import typer
 from rich.table import Table
 
 from podflare.cli.daemon import NAMED_HOST
-from podflare.cli.listing import age_of, named_daemon
+from podflare.cli.listing import age_of, named_daemon, usage_texts
 from podflare.cli.terminal import console, is_rich, one_line
 
 if TYPE_CHECKING:
     from podflare.wire.api import SandboxInfo
 
-_COLUMNS = ("sandbox", "generation", "state", "age", "memory limit", "stayed behind", "metadata")
+_COLUMNS = (
+    "sandbox", "generation", "state", "age", "private memory", "processes", "changed files", "stayed behind", "metadata"
+)  # fmt: skip
 _GUIDES = ("├── ", "└── ", "│   ", "    ")
 _PLAIN_GUIDES = ("  ", "  ", "  ", "  ")
 
@@ -29,12 +31,14 @@ def tree(
     """Draw which sandboxes of the daemon were forked from which.
 
     A fork whose parent is gone stands at the left, with the parent's id in brackets.  `generation` counts the forks in
-    the history of a sandbox's state, which a merge brings along; `stayed behind` is what could not cross its fork.
+    the history of a sandbox's state, which a merge brings along; `private memory` is what the sandbox's processes share
+    with no other, and `changed files` counts those written or deleted since it was made or forked, so both are what a
+    fork has cost; `stayed behind` is what could not cross its fork.
     """
     from podflare import Client
 
     with Client(named_daemon(host)) as client:
-        nodes = list(in_order(client.list_sandboxes()))
+        nodes = list(in_order(client.list_sandboxes(usage=True)))
     if as_json:
         print(json.dumps([{**info.to_json(), "depth": len(last)} for info, last in nodes], indent=2))
         return
@@ -90,7 +94,8 @@ def _name(info: SandboxInfo, alive: set[str]) -> str:
 def _row(info: SandboxInfo, now_s: float) -> list[str]:
     metadata = " ".join(f"{key}={value}" for key, value in sorted(info.metadata.items()))
     age = age_of(info, now_s)
-    texts = (str(info.generation), info.state, age, f"{info.ram_mib} MiB", _losses(info), metadata)
+    used = usage_texts(info.usage) if info.usage else ("?", "?", "?")
+    texts = (str(info.generation), info.state, age, *used, _losses(info), metadata)
     return [one_line(text) for text in texts]
 
 

@@ -12,7 +12,7 @@ from podflare.client import _tools
 from podflare.client._types import INCOMPLETE, CellError, Diff, Event, ExecResult, PathChange, Result, ToolCallEvent
 from podflare.errors import BadRequest, ProtocolError
 from podflare.wire import events
-from podflare.wire.api import MAX_FORKS, ForkReport, SandboxInfo
+from podflare.wire.api import MAX_FORKS, ForkReport, SandboxInfo, SandboxUsage
 from podflare.wire.codec import encode_object
 from podflare.wire.tools import Tools
 
@@ -70,12 +70,16 @@ def create(options: Mapping[str, Any], idempotency_key: str) -> Call:
     return Call("POST", "/v1/sandboxes", "create", body=_json_body(body), headers=headers, repeatable=True)
 
 
-def list_sandboxes() -> Call:
-    return Call("GET", "/v1/sandboxes", "list", repeatable=True)
+_WITH_USAGE = {False: "", True: "?usage=true"}
 
 
-def get(sandbox_id: str) -> Call:
-    return Call("GET", _sandbox_path(sandbox_id), "look-up", sandbox_id, repeatable=True)
+def list_sandboxes(*, usage: bool = False) -> Call:
+    return Call("GET", "/v1/sandboxes" + _WITH_USAGE[bool(usage)], "list", repeatable=True)
+
+
+def get(sandbox_id: str, *, usage: bool = False) -> Call:
+    path = _sandbox_path(sandbox_id, _WITH_USAGE[bool(usage)])
+    return Call("GET", path, "look-up", sandbox_id, repeatable=True)
 
 
 def destroy(sandbox_id: str) -> Call:
@@ -281,7 +285,15 @@ def parse_info(value: Mapping[str, Any]) -> SandboxInfo:
         generation=whole("generation"),
         children=parse_texts(value.get("children")),
         fork_report=_fork_report(value.get("fork_report")),
+        usage=_usage(value.get("usage")),
     )
+
+
+def _usage(value: Any) -> SandboxUsage | None:
+    if not isinstance(value, dict):
+        return None
+    keys = [item.name for item in fields(SandboxUsage)]
+    return SandboxUsage(**{key: value[key] if isinstance(value.get(key), int) else 0 for key in keys})
 
 
 def _fork_report(value: Any) -> ForkReport | None:

@@ -79,12 +79,21 @@ class Usage:
 
     memory_bytes: int = 0
     processes: int = 0
-    disk_bytes: int = 0
     oom_kills: int = 0
     """How often the kernel ended a process of this machine for memory, since its start."""
 
 
 @dataclass(frozen=True)
+    private_memory_bytes: int = 0
+    """In pages that no process of another machine has; only measured in detail, as are the following."""
+    changed_files: int = 0
+    """Files, links and deleted names of its own since it was made or forked; MAX_COUNTED_FILES means: or more."""
+    disk_bytes: int = 0
+    """What those take."""
+
+
+MAX_COUNTED_FILES = 100_000
+"""Where `Usage` stops counting."""
 class Death:
     """Why a machine is gone."""
 
@@ -113,8 +122,12 @@ class Machine(Protocol):
         Raises: MachineFailed if they could not be applied (the caller closes the machine).
         """
 
-    async def usage(self) -> Usage:
-        """Current use.  Zeros for what this machine cannot measure; never raises for a dead machine."""
+    async def usage(self, *, detail: bool = False) -> Usage:
+        """Current use.  Zeros for what this machine cannot measure; never raises for a dead machine.
+
+        Args:
+            detail: look at the memory of each process, and at all files, too: milliseconds, off the event loop.
+        """
 
     async def fork(self, count: int, *, reseed: bool, timeout_s: float) -> tuple[Machine, ...]:
         """Copies of this running machine, memory included, each with its guest ready (Ready unread on `channel`).

@@ -18,7 +18,7 @@ from typing import Any
 import anyio
 import anyio.abc
 
-from podflare.engines.base import Death, EngineReport, Limits, Machine, MachineSpec, Usage, Wall
+from podflare.engines.base import Death, EngineReport, FileMerge, Limits, Machine, MachineSpec, Usage, Wall
 from podflare.engines.bundle import build_bundle
 from podflare.errors import DeadlineExceeded, MachineFailed, NotBuilt, UnknownTemplate
 from podflare.wire.api import Diff
@@ -55,7 +55,7 @@ class FakeMachine:
             raise MachineFailed(f"machine {self.id} is dead")
         self.spec = MachineSpec(self.spec.template, limits, self.spec.hostname)
 
-    async def usage(self) -> Usage:
+    async def usage(self, *, detail: bool = False) -> Usage:
         return Usage()
 
     async def fork(self, count: int, *, reseed: bool, timeout_s: float) -> tuple[Machine, ...]:

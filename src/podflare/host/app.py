@@ -24,7 +24,15 @@ from podflare.host.daemon import Daemon
 from podflare.host.origin import check_origin
 from podflare.host.sandbox import Sandbox
 from podflare.host.telemetry import current_trace, parse_traceparent
-from podflare.wire.api import CreateRequest, DiffRequest, ExecRequest, ForkRequest, ToolAnswer, error_body
+from podflare.wire.api import (
+    CreateRequest,
+    DiffRequest,
+    ExecRequest,
+    ForkRequest,
+    SandboxUsage,
+    ToolAnswer,
+    error_body,
+)
 from podflare.wire.events import STDERR, STDOUT
 
 NDJSON = b"application/x-ndjson"
@@ -199,8 +207,8 @@ class App:
             sandbox = await while_connected(receive, self._daemon.create(request, scope["owner"]))
         await http.send_json(send, 200, self._describe(sandbox))
 
-    def _describe(self, sandbox: Sandbox) -> dict[str, Any]:
-        body = self._daemon.describe(sandbox).to_json()
+    def _describe(self, sandbox: Sandbox, usage: SandboxUsage | None = None) -> dict[str, Any]:
+        body = self._daemon.describe(sandbox, usage).to_json()
         if self._config.region is not None:
             body["region"] = self._config.region
         if self._config.public_url is not None:
@@ -209,12 +217,20 @@ class App:
 
     async def _list(self, scope: Scope, receive: Receive, send: Send) -> None:
         owned = self._daemon.registry.owned_by(scope["owner"])
-        await http.send_json(send, 200, {"sandboxes": [self._describe(sandbox) for sandbox in owned]})
+        usages = await self._usages(scope, receive, owned)
+        bodies = [self._describe(sandbox, usages.get(sandbox.id)) for sandbox in owned]
+        await http.send_json(send, 200, {"sandboxes": bodies})
 
     async def _get(self, scope: Scope, receive: Receive, send: Send) -> None:
         sandbox = await self._sandbox(scope)
         sandbox.touch()
-        await http.send_json(send, 200, self._describe(sandbox))
+        usages = await self._usages(scope, receive, [sandbox])
+        await http.send_json(send, 200, self._describe(sandbox, usages.get(sandbox.id)))
+
+    async def _usages(self, scope: Scope, receive: Receive, sandboxes: list[Sandbox]) -> dict[str, SandboxUsage]:
+        if not http.flag(scope, "usage"):
+            return {}
+        return await while_connected(receive, self._daemon.measure(sandboxes))
 
     async def _delete(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._daemon.close(scope["path_params"]["id"], scope["owner"])

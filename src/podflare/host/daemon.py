@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -38,11 +38,22 @@ from podflare.host.recover import Instance
 from podflare.host.registry import NOT_FOUND, Registry, new_sandbox_id
 from podflare.host.sandbox import Sandbox
 from podflare.host.store import Store
-from podflare.wire.api import DEFAULT_RAM_MIB, DEFAULT_ROOTFS_GB, DEFAULT_TEMPLATE, CreateRequest, SandboxInfo
+from podflare.wire.api import (
+    DEFAULT_RAM_MIB,
+    DEFAULT_ROOTFS_GB,
+    DEFAULT_TEMPLATE,
+    CreateRequest,
+    SandboxInfo,
+    SandboxUsage,
+)
 
 MAX_REMEMBERED_KEYS = 10_000
 CLOSE_WAIT_S = 20.0
 """A DELETE answers at the latest after this, below the original client's 30 s; the release goes on behind it."""
+MEASURING = 2
+"""Machines looked at closely at a time: a long list must not keep all threads of the engine from forks."""
+MEASURE_WAIT_S = 20.0
+"""For a whole list."""
 
 CLOSED = "it was closed"
 SHUT_DOWN = "the daemon was shut down"
@@ -73,6 +84,7 @@ class Daemon:
         self._starting = 0
         self._none_starting = anyio.Event()
         self._closing = False
+        self._measuring = anyio.Semaphore(MEASURING)
         self.pool = Pool(
             engine,
             MachineSpec(DEFAULT_TEMPLATE, _limits(DEFAULT_RAM_MIB, DEFAULT_ROOTFS_GB)),

@@ -52,6 +52,14 @@ def query(scope: Scope, name: str) -> str | None:
     return next((value for key, value in query_fields(scope) if key == name), None)
 
 
+def flag(scope: Scope, name: str) -> bool:
+    """A query parameter that is true or false; without it, false.  Raises: BadRequest; as query_fields."""
+    value = query(scope, name) or "false"
+    if value not in ("true", "false"):
+        raise BadRequest(f"query: {name!r} must be true or false, got {value!r:.60}")
+    return value == "true"
+
+
 def content_length(scope: Scope) -> int | None:
     """The announced size of the body.  The HTTP parser has checked that it is a number."""
     text = header(scope, b"content-length")

@@ -20,7 +20,11 @@ _FILES = {
     "swagger-ui-bundle.js": "text/javascript",
     "favicon-32x32.png": "image/png",
 }
-_QUERY = {"paths": {"type": "array", "items": {"type": "string"}}, "detail": {"type": "boolean"}}
+_QUERY = {
+    "paths": {"type": "array", "items": {"type": "string"}},
+    "detail": {"type": "boolean"},
+    "usage": {"type": "boolean"},
+}
 """Schemas of query parameters that are no strings."""
 _HTML = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>podflare API</title>
@@ -203,10 +207,12 @@ def _paths() -> dict[str, Any]:
             "post": _operation(
                 "Create a sandbox", takes=_content("application/json", _ref("CreateRequest")), gives=info
             ),
-            "get": _operation("List your sandboxes", gives=_content("application/json", _ref("Sandboxes"))),
+            "get": _operation(
+                "List your sandboxes", gives=_content("application/json", _ref("Sandboxes")), query=[("usage", False)]
+            ),
         },
         "/v1/sandboxes/{id}": {
-            "get": _operation("One sandbox", gives=info),
+            "get": _operation("One sandbox", gives=info, query=[("usage", False)]),
             "delete": _operation("End a sandbox", status=204),
         },
         "/v1/sandboxes/{id}/exec": {

@@ -23,6 +23,8 @@ def test_ls_shows_sandboxes_as_a_table_and_as_json(cli: Cli) -> None:
     with Sandbox(host=cli.address, metadata={"who": "a\nb\x1b[2J"}) as sandbox:
         line = next(line for line in cli("ls").stdout.splitlines() if sandbox.id in line)
         assert r"who=a\nb\x1b[2J" in line and "1024 MiB" in line
+        head, *rows = cli("ls", "--usage").stdout.splitlines()
+        assert "changed files" in head and any(re.search(rf"{sandbox.id} .* MiB +[12] +0 +who", row) for row in rows)
         listed = json.loads(cli("ls", "--json").stdout)
         assert [entry["state"] for entry in listed if entry["id"] == sandbox.id] == ["ready"]
     assert sandbox.id not in cli("ls").stdout
@@ -41,13 +43,18 @@ def test_tree_shows_what_was_forked_from_what(cli: Cli) -> None:
         root.run_code("import subprocess; p = subprocess.Popen(['sleep', '1000'])")
         (child,) = root.fork()
         (grandchild,) = child.fork()
+        child.run_code("open('/root/f', 'w').close()")
         with child, grandchild:
             lines = cli("tree").stdout.splitlines()
             at = next(number for number, line in enumerate(lines) if line.startswith(root.id))
             assert r"who=a\nb" in lines[at] and "stayed behind" in lines[0]
-            assert re.match(rf"  {child.id} +1 +ready +\d+s +1024 MiB +processes=1 +who", lines[at + 1])
+            assert lines[0].split("  ")[0] == "sandbox" and "private memory" in lines[0] and "changed files" in lines[0]
+            columns = r"+1 +ready +\d+s +\d+\.\d MiB +[12] +1 +processes=1 +who"
+            assert re.match(rf"  {child.id} {columns}", lines[at + 1])
             assert re.match(rf"    {grandchild.id} +2 ", lines[at + 2])
             listed = json.loads(cli("tree", "--json").stdout)
+            used = {entry["id"]: entry["usage"]["changed_files"] for entry in listed}
+            assert (used[root.id], used[child.id]) == (0, 1)
             depths = {entry["id"]: (entry["depth"], entry["parent_id"]) for entry in listed}
             assert depths[child.id] == (1, root.id) and depths[grandchild.id] == (2, child.id)
             child.close()

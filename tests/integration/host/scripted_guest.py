@@ -100,7 +100,7 @@ class ScriptedMachine:
     async def set_limits(self, limits: Limits) -> None:
         self.limits.append(limits)
 
-    async def usage(self) -> Usage:
+    async def usage(self, *, detail: bool = False) -> Usage:
         return self.current_usage
 
     async def fork(self, count: int, *, reseed: bool, timeout_s: float) -> tuple[ScriptedMachine, ...]:

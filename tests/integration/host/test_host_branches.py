@@ -27,6 +27,24 @@ async def listed(h: Host) -> list[str]:
     return [one["id"] for one in (await h.client.get("/v1/sandboxes")).json()["sandboxes"]]
 
 
+async def test_usage_is_measured_when_asked_for(walled):
+    """With usage=true one sandbox and the list tell what each uses by itself; without it null, at no cost."""
+    async with walled() as h:
+        parent = await h.create()
+        await h.exec(parent, "x = bytearray(b'x' * (32 << 20)); open('/root/f', 'w').write('a')")
+        (child,) = await h.fork(parent)
+        await h.exec(child, "open('/root/g', 'w').write('b'); open('/root/f', 'w').write('b')")
+        told = (await h.client.get(f"/v1/sandboxes/{child}", params={"usage": "true"})).json()["usage"]
+        assert set(told) == {"memory_bytes", "private_memory_bytes", "processes", "changed_files", "disk_bytes"}
+        assert told["changed_files"] == 2 and told["private_memory_bytes"] < 24 << 20 and told["processes"] >= 1
+        answer = (await h.client.get("/v1/sandboxes", params={"usage": "true"})).json()["sandboxes"]
+        assert [(one["id"], one["usage"]["changed_files"]) for one in answer] == [(parent, 1), (child, 2)]
+        plain = (await h.client.get("/v1/sandboxes")).json()["sandboxes"]
+        assert [one["usage"] for one in plain] == [None, None]
+        refused = await h.client.get("/v1/sandboxes", params={"usage": "yes"})
+        assert refused.status_code == 400 and "true or false" in refused.json()["error"]
+
+
 # Fork.
 
 

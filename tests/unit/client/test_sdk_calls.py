@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from podflare.client import _calls
 from podflare.client._calls import EventReader, ResultBuilder
 from podflare.errors import BadRequest, ProtocolError
-from podflare.wire.api import ForkReport
+from podflare.wire.api import ForkReport, SandboxUsage
 from podflare.wire.events import Event
 
 OUT = b'{"type":"stdout","data":"a\\u2028b","seq":0,"ts":1}\n'
@@ -210,6 +210,9 @@ def test_info_of_an_unknown_daemon_is_read_leniently() -> None:
     info = _calls.parse_info({"id": "sbx_1", "isolation": ["seccomp"], "ram_mib": "much", "warnings": None})
     assert (info.id, info.isolation, info.ram_mib, info.warnings, info.egress) == ("sbx_1", ("seccomp",), 0, (), False)
     assert (info.parent_id, info.generation, info.children, info.fork_report) == (None, 0, (), None)
+    assert info.usage is None and _calls.parse_info({"usage": [1]}).usage is None
+    told = {"memory_bytes": 5, "processes": "many", "new": 1}
+    assert _calls.parse_info({"usage": told}).usage == SandboxUsage(5, 0, 0, 0, 0)
 
 
 def test_info_of_a_fork() -> None:

@@ -378,9 +378,13 @@ class AsyncSandbox:
         """
         return await self._client_for("output").output(self.id, cell_id, stream)
 
-    async def info(self) -> SandboxInfo:
-        """What the daemon says of this sandbox: effective limits, engine, walls in force."""
-        return await self._client_for("look-up").get_sandbox(self.id)
+    async def info(self, *, usage: bool = False) -> SandboxInfo:
+        """What the daemon says of this sandbox: effective limits, engine, walls in force.
+
+        Args:
+            usage: measure the memory and files that it uses, too (`SandboxInfo.usage`); costs milliseconds.
+        """
+        return await self._client_for("look-up").get_sandbox(self.id, usage=usage)
 
     async def fork(self, n: int = 1, *, reseed: bool = True, timeout: float | None = None) -> Sandboxes:
         """n copies of the running sandbox: memory, files, working directory, open files.  All of them or none.

@@ -243,14 +243,23 @@ class Client(PtyCalls):
         except PodflareError:
             return  # the interruption is what the caller must see; the daemon's idle timeout does the rest
 
-    def get_sandbox(self, sandbox_id: str) -> SandboxInfo:
-        """Raises: SandboxNotFound, whose text says why it is gone."""
-        call = _calls.get(sandbox_id)
+    def get_sandbox(self, sandbox_id: str, *, usage: bool = False) -> SandboxInfo:
+        """What the daemon says of a sandbox.
+
+        Args:
+            usage: measure what it uses, too (`SandboxInfo.usage`); costs milliseconds.
+        Raises: SandboxNotFound, whose text says why it is gone.
+        """
+        call = _calls.get(sandbox_id, usage=usage)
         return _calls.parse_info(_calls.parse_object(call, self._call(call)))
 
-    def list_sandboxes(self) -> list[SandboxInfo]:
-        """The living sandboxes of this key."""
-        call = _calls.list_sandboxes()
+    def list_sandboxes(self, *, usage: bool = False) -> list[SandboxInfo]:
+        """The living sandboxes of this key.
+
+        Args:
+            usage: measure what each uses, too (`SandboxInfo.usage`); costs milliseconds for each.
+        """
+        call = _calls.list_sandboxes(usage=usage)
         return list(_calls.parse_list(call, self._call(call)))
 
     def destroy_sandbox(self, sandbox_id: str) -> None:

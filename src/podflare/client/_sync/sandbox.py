@@ -371,9 +371,13 @@ class Sandbox:
         """
         return self._client_for("output").output(self.id, cell_id, stream)
 
-    def info(self) -> SandboxInfo:
-        """What the daemon says of this sandbox: effective limits, engine, walls in force."""
-        return self._client_for("look-up").get_sandbox(self.id)
+    def info(self, *, usage: bool = False) -> SandboxInfo:
+        """What the daemon says of this sandbox: effective limits, engine, walls in force.
+
+        Args:
+            usage: measure the memory and files that it uses, too (`SandboxInfo.usage`); costs milliseconds.
+        """
+        return self._client_for("look-up").get_sandbox(self.id, usage=usage)
 
     def fork(self, n: int = 1, *, reseed: bool = True, timeout: float | None = None) -> Sandboxes:
         """n copies of the running sandbox: memory, files, working directory, open files.  All of them or none.

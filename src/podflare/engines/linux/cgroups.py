@@ -90,6 +90,10 @@ class Cgroup:
 
     def holds(self, pid: int) -> bool:
         """Whether `pid` is in every one of the groups."""
+    def pids(self) -> set[int]:
+        """The processes in it now."""
+        return {pid for path in self.directories for pid in _pids(path)}
+
         return all(str(pid) in (path / "cgroup.procs").read_text().split() for path in self.directories)
 
     def move(self, pid: int) -> None:
@@ -101,7 +105,7 @@ class Cgroup:
         """End every process in the groups but `spare`; False if something is left after `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         while True:
-            left = {pid for path in self.directories for pid in _pids(path)} - {spare}
+            left = self.pids() - {spare}
             if not left or time.monotonic() >= deadline:
                 return not left
             _kill(left)

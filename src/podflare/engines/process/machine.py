@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from podflare.engines.base import Death, Limits, Machine, MachineSpec, Usage, Wall
+from podflare.engines.base import Death, FileMerge, Limits, Machine, MachineSpec, Usage, Wall
 from podflare.engines.linux.cgroups import Cgroup
 from podflare.engines.process.family import END_TIMEOUT_S, Family, end_process
+from podflare.engines.process.footprint import add_detail, processes_below
 from podflare.engines.process.waiting import wait_readable
 from podflare.errors import MachineFailed, PodflareError
 from podflare.wire.api import Diff
@@ -116,8 +117,19 @@ class ProcessMachine:
             raise MachineFailed(f"machine {self.id}: limits could not be set: {exc}") from exc
         self.spec = MachineSpec(self.spec.template, limits, self.spec.hostname)
 
-    async def usage(self) -> Usage:
-        return self.parts.cgroup.usage() if self.parts.cgroup else Usage()
+    async def usage(self, *, detail: bool = False) -> Usage:
+        coarse = self.parts.cgroup.usage() if self.parts.cgroup else Usage()
+        if not detail or self._death.done():
+            return coarse
+        return await asyncio.get_running_loop().run_in_executor(None, self._look_closely, coarse)
+
+    def _look_closely(self, coarse: Usage) -> Usage:
+        if self.parts.cgroup is not None:
+            return add_detail(coarse, self.parts.cgroup.pids(), self.directory)
+        eldest = self  # a forked REPL is below the agent of the machine that it was forked in
+        while eldest.parent is not None:
+            eldest = eldest.parent
+        return add_detail(coarse, processes_below(eldest.agent_pid, self.parts.namespaces["pid"]), self.directory)
 
     async def fork(self, count: int, *, reseed: bool, timeout_s: float) -> tuple[Machine, ...]:
         if self.on_fork is None or self._death.done():
