@@ -81,9 +81,6 @@ class Usage:
     processes: int = 0
     oom_kills: int = 0
     """How often the kernel ended a process of this machine for memory, since its start."""
-
-
-@dataclass(frozen=True)
     private_memory_bytes: int = 0
     """In pages that no process of another machine has; only measured in detail, as are the following."""
     changed_files: int = 0
@@ -94,6 +91,9 @@ class Usage:
 
 MAX_COUNTED_FILES = 100_000
 """Where `Usage` stops counting."""
+
+
+@dataclass(frozen=True)
 class Death:
     """Why a machine is gone."""
 

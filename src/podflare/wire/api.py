@@ -236,6 +236,21 @@ class ForkReport:
 
 
 @dataclass(frozen=True)
+class SandboxUsage:
+    """What a sandbox uses at the moment of the question.  Zero also for what its engine cannot measure."""
+
+    memory_bytes: int
+    """What counts against its limit; where nothing counts that, its processes' share of the memory they map."""
+    private_memory_bytes: int
+    """Of its processes' memory what none shares with another, so what a fork has cost so far."""
+    processes: int
+    changed_files: int
+    """Files, links and deleted names of its own, since it was created or forked; counted up to 100,000."""
+    disk_bytes: int
+    """What those take on disk."""
+
+
+@dataclass(frozen=True)
 class SandboxInfo:
     """Answer of create, get and list.  Effective values, never the requested ones."""
 
@@ -263,28 +278,13 @@ class SandboxInfo:
     """Ids of its forks that live."""
     fork_report: Optional[ForkReport] = None
     """Of a fork: what could not cross."""
+    usage: Optional[SandboxUsage] = None
+    """Only if it was asked for, and could be measured in time."""
 
     def to_json(self) -> Dict[str, Any]:
         return asdict(self)
-
-@dataclass(frozen=True)
-class SandboxUsage:
-    """What a sandbox uses at the moment of the question.  Zero also for what its engine cannot measure."""
-
-    memory_bytes: int
-    """What counts against its limit; where nothing counts that, its processes' share of the memory they map."""
-    private_memory_bytes: int
-    """Of its processes' memory what none shares with another, so what a fork has cost so far."""
-    processes: int
-    changed_files: int
-    """Files, links and deleted names of its own, since it was created or forked; counted up to 100,000."""
-    disk_bytes: int
-    """What those take on disk."""
-
 
 
 def error_body(code: str, message: str) -> Dict[str, Any]:
     """The body of every non-2xx answer: `error` as the real client's users know it, `code` for ours."""
     return {"error": message, "code": code}
-    usage: Optional[SandboxUsage] = None
-    """Only if it was asked for, and could be measured in time."""

@@ -88,12 +88,12 @@ class Cgroup:
             raise
         return fds
 
-    def holds(self, pid: int) -> bool:
-        """Whether `pid` is in every one of the groups."""
     def pids(self) -> set[int]:
         """The processes in it now."""
         return {pid for path in self.directories for pid in _pids(path)}
 
+    def holds(self, pid: int) -> bool:
+        """Whether `pid` is in every one of the groups."""
         return all(str(pid) in (path / "cgroup.procs").read_text().split() for path in self.directories)
 
     def move(self, pid: int) -> None:
