@@ -112,6 +112,8 @@ class ToolCalls:
     async def _call(self, cell: int, name: str, given: Dict[str, Any]) -> Any:
         import asyncio  # not before it is needed, as in cells.py
 
+        if os.getpid() != self._pid:
+            raise RuntimeError(f"{name}() can only be called by the process of the cell itself")
         loop = asyncio.get_running_loop()
         while len(self._pending) >= MAX_PENDING_CALLS and self._is_open(cell):
             place = loop.create_future()
@@ -121,15 +123,16 @@ class ToolCalls:
             except asyncio.CancelledError:
                 self._give_place()
                 raise
+        over = f"{name}() cannot be called any more: the cell that it was given to is over"
         if not self._is_open(cell):
-            raise RuntimeError(f"{name}() cannot be called any more: the cell that it was given to is over")
+            raise RuntimeError(over)
         self._calls += 1
         number, future = self._calls, loop.create_future()
         self._pending[number] = loop, future
         self._watch(loop)
         try:
             if not self._send(ToolCall(number, name, given)):
-                raise RuntimeError(f"{name}() can only be called by the process of the cell itself")
+                raise RuntimeError(over)
             answer: ToolResult = await future
         finally:
             self._unwatch(loop)

@@ -11,6 +11,9 @@ from podflare.wire import messages as m
 
 HOST = [
     m.Exec("print(1)\n\u2028\ud800", "bash", "<cell 1>"),
+    m.Exec("await f()", tools={"f": ("a", "b"), "g": ()}),
+    m.ToolResult(2**40, value={"a": [None, "\u2028\ud800"]}),
+    m.ToolResult(1, error="ValueError", message="no"),
     m.Interrupt(),
     m.Kill(),
     m.FileWrite("/a/b"),
@@ -23,6 +26,8 @@ GUEST = [
     m.Ready(1, "3.11.2"),
     m.Result({"text/plain": "\u2028x", "image/png": "aGk="}, "display"),
     m.Error("ValueError", "text", "Traceback ...\n"),
+    m.ToolCall(7, "f", {"a": [1.5, {"": None}]}),
+    m.ToolCancel(7),
     m.Exit(-5, m.DIED, True, 9),
     m.Ack(0),
     m.DataEnd(),

@@ -295,11 +295,17 @@ class AsyncClient(AsyncPtyCalls):
     async def _serve(self, sandbox_id: str, tools: ToolFunctions, event: ToolCallEvent) -> None:
         """Have the function called, and send what it gave or raised."""
         cell_id, call_id = event.cell_id, event.call_id
+        result: Any = None
+        error: Exception | None = None
         try:
             result = await outcome_async(_tools.invoke, tools[event.name], event.input)
             call = _calls.answer_tool_call(sandbox_id, cell_id, call_id, result, None)
         except Exception as exc:  # noqa: BLE001  # whatever the function raises belongs to the code that called it
-            call = _calls.answer_tool_call(sandbox_id, cell_id, call_id, None, exc)
+            error = exc
+        try:
+            call = _calls.answer_tool_call(sandbox_id, cell_id, call_id, result, error)
+        except BadRequest as exc:
+            call = _calls.answer_tool_call(sandbox_id, cell_id, call_id, None, TypeError(f"{event.name}(): {exc}"))
         # The code may wait no longer: its cell is over, or it gave up this call.
         with contextlib.suppress(CallNotFound, CellNotFound, Conflict):
             await self._call(call)
