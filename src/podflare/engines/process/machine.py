@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from podflare.engines.base import Death, FileMerge, Limits, Machine, MachineSpec, Usage, Wall
+from podflare.engines.base import Death, Limits, Machine, MachineSpec, Usage, Wall
 from podflare.engines.linux.cgroups import Cgroup
 from podflare.engines.process.family import END_TIMEOUT_S, Family, end_process
 from podflare.engines.process.footprint import add_detail, processes_below
