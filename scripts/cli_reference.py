@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "cli.md"
-COMMANDS = ("", "run", "repl", "ls", "tree", "doctor", "serve", "demo")
+COMMANDS = ("", "run", "repl", "ls", "tree", "doctor", "serve", "gateway", "demo")
 HEAD = """\
 # Command line
 
