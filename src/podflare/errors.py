@@ -18,6 +18,7 @@ PodflareError
 ├── NoCapacity               the machine cannot hold another sandbox now
 ├── IsolationIncomplete      a required wall is missing on this machine: nothing was handed out
 ├── MachineFailed            a sandbox's machine died or did not start
+├── TemplateFailed           a template could not be built, or a built one cannot be used
 ├── DeadlineExceeded         no answer in time
 ├── ProtocolError            a peer (often a hostile guest) sent bytes that break the protocol
 ├── DaemonUnreachable        the SDK could not connect to the daemon
@@ -165,6 +166,12 @@ class IsolationIncomplete(PodflareError):
 class MachineFailed(PodflareError, RuntimeError):
     code = "machine_failed"
     status = 500
+
+
+class TemplateFailed(PodflareError, RuntimeError):
+    code = "template_failed"
+    status = 500
+    retry_safe = True
 
 
 class DeadlineExceeded(PodflareError, TimeoutError):

@@ -9,7 +9,7 @@ import socket
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from podflare.wire.api import Diff
+from podflare.wire.api import Diff, TemplateInfo
 
 Wall = Literal[
     "user_namespace",
@@ -42,6 +42,8 @@ class Limits:
     max_processes: int = 512
     cpu_weight: int = 100
 
+    cpus: float | None = None
+    """Processor time it may take in any stretch of time, in processors; None for all that nobody else wants."""
 
 @dataclass(frozen=True)
 class MachineSpec:
@@ -167,7 +169,13 @@ class Engine(Protocol):
 
     @property
     def templates(self) -> tuple[str, ...]:
-        """Names that `create` accepts."""
+        """Names that `create` accepts, as of now."""
+
+    def describe(self, template: str) -> TemplateInfo:
+        """What is known of a template.  `problem` says why one of `templates` cannot be used.
+
+        Raises: UnknownTemplate with the name and what there is.
+        """
 
     async def probe(self) -> EngineReport:
         """What this computer offers, without starting anything lasting.  At most 10 s."""
@@ -181,7 +189,7 @@ class Engine(Protocol):
     async def create(self, spec: MachineSpec, *, timeout_s: float) -> Machine:
         """A machine whose guest agent has been verified and sent its Ready frame (still unread on `channel`).
 
-        Raises: UnknownTemplate; IsolationIncomplete if a wall could not be verified; NoCapacity;
+        Raises: UnknownTemplate; TemplateFailed; IsolationIncomplete if a wall could not be verified; NoCapacity;
             DeadlineExceeded after timeout_s; MachineFailed otherwise.  On any of them no machine exists.
         If cancelled: no machine exists.
         """
@@ -200,3 +208,5 @@ class EngineOptions:
     """Unique name of this daemon life, for names of cgroups and the like."""
     require: tuple[Wall, ...] = field(default=())
     """Walls whose absence makes `start` and `create` fail."""
+    template_dir: str = ""
+    """Where built templates are (engines/templates/store.py), read again at each create; empty: there are none."""

@@ -18,10 +18,10 @@ from typing import Any
 import anyio
 import anyio.abc
 
-from podflare.engines.base import Death, EngineReport, Limits, Machine, MachineSpec, Usage, Wall
+from podflare.engines.base import Death, EngineReport, FileMerge, Limits, Machine, MachineSpec, Usage, Wall
 from podflare.engines.bundle import build_bundle
 from podflare.errors import DeadlineExceeded, MachineFailed, NotBuilt, UnknownTemplate
-from podflare.wire.api import Diff
+from podflare.wire.api import Diff, TemplateInfo
 
 _END_TIMEOUT_S = 10.0
 
@@ -98,6 +98,11 @@ class FakeEngine:
 
     async def probe(self) -> EngineReport:
         return EngineReport(engine=self.name, usable=True, walls=())
+
+    def describe(self, template: str) -> TemplateInfo:
+        if template not in self.templates:
+            raise UnknownTemplate(f"no template {template!r}; there is: {', '.join(self.templates)}")
+        return TemplateInfo(template)
 
     async def start(self) -> None:
         if self._bundle is None:

@@ -11,7 +11,7 @@ import os
 import site
 import sys
 from types import ModuleType
-from typing import List, Optional
+from typing import List, Optional, Sequence
 
 import podflare.errors
 
@@ -39,12 +39,17 @@ def hide_bundle() -> None:
     sys.argv = [""]
 
 
-def prepare_paths() -> None:
-    """Run the template's site configuration now, for REPLs that start before user code could have changed it.
+def prepare_paths(paths: Sequence[str] = ()) -> None:
+    """Run the interpreter's site configuration now, for REPLs that start before user code could have changed it.
 
     Called once in a process that many machines are forked from; its own sys.path stays as it is.
+    Args:
+        paths: what REPLs are to have instead of what that configuration says.
     """
     global _prepared
+    if paths:
+        _prepared = list(paths)
+        return
     before = list(sys.path)
     site.addsitepackages(set(before))
     _prepared = [entry for entry in sys.path if entry not in before]
@@ -61,7 +66,11 @@ def open_paths(*, with_site: bool, prepared: bool = False) -> None:
     if prepared and _prepared is not None:
         sys.path += _prepared
         site.ENABLE_USER_SITE = True
-    elif with_site:
+        with_site = False
+    else:
+        # A template's packages; -I made the interpreter ignore it, for it might have been the daemon's.
+        sys.path += [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    if with_site:
         known = site.venv(site.removeduppaths()) or set()
         site.ENABLE_USER_SITE = True
         user_packages = site.getusersitepackages()

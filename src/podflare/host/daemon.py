@@ -39,12 +39,11 @@ from podflare.host.registry import NOT_FOUND, Registry, new_sandbox_id
 from podflare.host.sandbox import Sandbox
 from podflare.host.store import Store
 from podflare.wire.api import (
-    DEFAULT_RAM_MIB,
-    DEFAULT_ROOTFS_GB,
     DEFAULT_TEMPLATE,
     CreateRequest,
     SandboxInfo,
     SandboxUsage,
+    TemplateInfo,
 )
 
 MAX_REMEMBERED_KEYS = 10_000
@@ -87,7 +86,7 @@ class Daemon:
         self._measuring = anyio.Semaphore(MEASURING)
         self.pool = Pool(
             engine,
-            MachineSpec(DEFAULT_TEMPLATE, _limits(DEFAULT_RAM_MIB, DEFAULT_ROOTFS_GB)),
+            MachineSpec(DEFAULT_TEMPLATE, _limits(TemplateInfo(DEFAULT_TEMPLATE))),
             config.pool_size,
             create_timeout_s=config.create_timeout_s,
         )
@@ -198,7 +197,8 @@ class Daemon:
                 self._none_starting.set()
 
     async def _machine(self, request: CreateRequest) -> Warm:
-        spec = MachineSpec(request.template, _limits(request.ram_mib, request.rootfs_gb))
+        template = self.engine.describe(request.template)
+        spec = MachineSpec(request.template, _limits(template, request.ram_mib, request.rootfs_gb))
         try:
             return await self.pool.take(spec)
         except OSError as exc:
@@ -207,11 +207,11 @@ class Daemon:
             raise MachineFailed(f"could not start a machine: {exc}") from exc
 
     def _adopt(self, request: CreateRequest, owner: str, warm: Warm) -> Sandbox:
-        config = self.config
+        config, limits = self.config, warm.machine.spec.limits
         terms = Terms(
             template=request.template,
-            ram_mib=request.ram_mib,
-            rootfs_gb=request.rootfs_gb,
+            ram_mib=limits.memory_bytes >> 20,
+            rootfs_gb=limits.disk_bytes >> 30,
             timeout_seconds=config.lifetime_s if request.timeout_seconds is None else request.timeout_seconds,
             idle_timeout_seconds=(
                 config.idle_s if request.idle_timeout_seconds is None else request.idle_timeout_seconds
@@ -319,8 +319,13 @@ class Daemon:
         }
 
 
-def _limits(ram_mib: int, rootfs_gb: int) -> Limits:
-    return Limits(memory_bytes=ram_mib << 20, disk_bytes=rootfs_gb << 30)
+def _limits(template: TemplateInfo, ram_mib: int | None = None, rootfs_gb: int | None = None) -> Limits:
+    """The template's, where the request names none."""
+    return Limits(
+        memory_bytes=(template.ram_mib if ram_mib is None else ram_mib) << 20,
+        disk_bytes=(template.rootfs_gb if rootfs_gb is None else rootfs_gb) << 30,
+        cpus=template.cpus,
+    )
 
 
 def _warnings(request: CreateRequest, warm: Warm) -> tuple[str, ...]:
@@ -328,10 +333,13 @@ def _warnings(request: CreateRequest, warm: Warm) -> tuple[str, ...]:
     found = []
     if request.egress:
         found.append("egress is not built yet: this sandbox has no network")
-    if request.ram_mib != DEFAULT_RAM_MIB and "memory_limit" not in warm.machine.walls:
+    if request.ram_mib is not None and "memory_limit" not in warm.machine.walls:
         found.append(f"ram_mib={request.ram_mib} is not enforced: this machine has no memory limit (podflare doctor)")
-    if request.rootfs_gb != DEFAULT_ROOTFS_GB and "disk_limit" not in warm.machine.walls:
+    if request.rootfs_gb is not None and "disk_limit" not in warm.machine.walls:
         found.append(f"rootfs_gb={request.rootfs_gb} is not enforced: this machine has no disk limit (podflare doctor)")
+    cpus = warm.machine.spec.limits.cpus
+    if cpus is not None and "cpu_limit" not in warm.machine.walls:
+        found.append(f"cpus={cpus:g} of the template is not enforced: this machine has no cpu limit (podflare doctor)")
     return tuple(found)
 
 

@@ -41,8 +41,9 @@ class CreateRequest:
     template: str = DEFAULT_TEMPLATE
     timeout_seconds: Optional[int] = None
     idle_timeout_seconds: Optional[int] = None
-    ram_mib: int = DEFAULT_RAM_MIB
-    rootfs_gb: int = DEFAULT_ROOTFS_GB
+    ram_mib: Optional[int] = None
+    """None means the template's."""
+    rootfs_gb: Optional[int] = None
     persistent: bool = False
     egress: Optional[bool] = None
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -55,8 +56,8 @@ class CreateRequest:
             template=read.text("template", max_chars=128, default=DEFAULT_TEMPLATE) or DEFAULT_TEMPLATE,
             timeout_seconds=read.optional_integer("timeout_seconds", low=1, high=MAX_LIFETIME_S),
             idle_timeout_seconds=read.optional_integer("idle_timeout_seconds", low=1, high=MAX_LIFETIME_S),
-            ram_mib=read.integer("ram_mib", low=64, high=1024 * 1024, default=DEFAULT_RAM_MIB),
-            rootfs_gb=read.integer("rootfs_gb", low=1, high=4096, default=DEFAULT_ROOTFS_GB),
+            ram_mib=read.optional_integer("ram_mib", low=64, high=1024 * 1024),
+            rootfs_gb=read.optional_integer("rootfs_gb", low=1, high=4096),
             persistent=read.flag("persistent", default=False),
             egress=None if body.get("egress") is None else read.flag("egress", default=False),
             metadata=read.text_map("metadata", max_items=MAX_METADATA_ITEMS, max_chars=1024),
@@ -216,6 +217,37 @@ class Diff:
         if self.detail is not None:
             body["detail"] = {path: change.to_json() for path, change in self.detail.items()}
         return body
+
+
+@dataclass(frozen=True)
+class TemplateInfo:
+    """What a sandbox can start from.  Answer of GET /v1/templates."""
+
+    name: str
+    description: str = ""
+    version: str = ""
+    """Another one whenever the template is built with another content; empty for the one that needs no building."""
+    python: str = ""
+    packages: Mapping[str, str] = field(default_factory=dict)
+    """Name -> version of what it brings besides the standard library."""
+    preload: Tuple[str, ...] = ()
+    """Modules that are imported before a sandbox starts."""
+    missing_programs: Tuple[str, ...] = ()
+    """What it should have and the daemon's computer lacked when it was built."""
+    ram_mib: int = DEFAULT_RAM_MIB
+    rootfs_gb: int = DEFAULT_ROOTFS_GB
+    """Limits of a sandbox whose creator names none."""
+    cpus: Optional[float] = None
+    """Processors that a sandbox may use at a time, on average; None for all."""
+    built_at_ms: Optional[int] = None
+    size_bytes: int = 0
+    not_preloaded: str = ""
+    """Why sandboxes start without `preload`, though they could; empty if they do not."""
+    problem: str = ""
+    """Why no sandbox can be made of it, and what to do; empty if all is well."""
+
+    def to_json(self) -> Dict[str, Any]:
+        return asdict(self)
 
 
 @dataclass(frozen=True)

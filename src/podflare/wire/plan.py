@@ -58,9 +58,13 @@ class StagePlan:
     """Directories inside the machine that are covered by an empty one."""
     devices: Tuple[str, ...]
     preload: Tuple[str, ...]
+    """Modules to import before any machine is made; they are imported from the machine's files, without privileges."""
     filters: Tuple[str, ...]
     """Compiled seccomp programs, hexadecimal, which every machine loads in this order."""
     environment: Tuple[Tuple[str, str], ...]
+    paths: Tuple[str, ...] = ()
+    """What sys.path of every machine has besides the standard library.  Empty: what the interpreter's site
+    configuration says."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def stage_from_json(data: bytes) -> StagePlan:
     body["trees"] = tuple(Tree(**tree) for tree in body["trees"])
     body["skeleton"] = tuple(SkeletonEntry(**entry) for entry in body["skeleton"])
     body["environment"] = tuple((name, value) for name, value in body["environment"])
-    for key in ("hide", "devices", "preload", "filters"):
+    for key in ("hide", "devices", "preload", "filters", "paths"):
         body[key] = tuple(body[key])
     return StagePlan(**body)
 

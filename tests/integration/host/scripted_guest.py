@@ -13,6 +13,7 @@ from anyio.abc import TaskGroup
 
 from podflare.engines.base import Death, EngineReport, Limits, MachineSpec, Usage, Wall
 from podflare.wire import frames
+from podflare.wire.api import TemplateInfo
 from podflare.wire.messages import Exec, Exit, Message, Ready, from_host, to_payload
 from podflare.wire.version import PROTOCOL
 
@@ -131,6 +132,9 @@ class ScriptedEngine:
         self.asked = 0
         self._tasks = tasks
         self._script = script
+
+    def describe(self, template: str) -> TemplateInfo:
+        return TemplateInfo(template)
 
     async def probe(self) -> EngineReport:
         return EngineReport(self.name, usable=True, walls=())

@@ -16,6 +16,8 @@ from pathlib import Path
 from podflare.engines.base import Limits, Usage, Wall
 
 PREFIX = "podflare-"
+CPU_PERIOD_US = 100_000
+"""Over which processor time is counted: the kernel's own default."""
 _WALLS: dict[str, Wall] = {"memory": "memory_limit", "pids": "process_limit", "cpu": "cpu_limit"}
 
 
@@ -121,10 +123,20 @@ class Cgroup:
             self._set_memory_v1(memory, limits.memory_bytes)
         if pids:
             _write(pids / "pids.max", limits.max_processes)
-        if cpu and self._version == 2:
-            _write(cpu / "cpu.weight", limits.cpu_weight)
-        elif cpu:
-            _write(cpu / "cpu.shares", max(2, limits.cpu_weight * 1024 // 100))
+        if cpu:
+            self._set_cpu(cpu, limits)
+
+    def _set_cpu(self, path: Path, limits: Limits) -> None:
+        quota = None if limits.cpus is None else max(1000, round(limits.cpus * CPU_PERIOD_US))
+        if self._version == 2:
+            _write(path / "cpu.weight", limits.cpu_weight)
+            if quota is not None:
+                (path / "cpu.max").write_text(f"{quota} {CPU_PERIOD_US}\n")
+            return
+        _write(path / "cpu.shares", max(2, limits.cpu_weight * 1024 // 100))
+        if quota is not None:
+            _write(path / "cpu.cfs_period_us", CPU_PERIOD_US)
+            _write(path / "cpu.cfs_quota_us", quota)
 
     def _set_memory_v1(self, path: Path, limit: int) -> None:
         # memory.memsw must never be below memory.limit: raise it first, lower it last.

@@ -27,25 +27,22 @@ from podflare.engines.process.layers import Layers, take_away
 from podflare.engines.process.machine import ProcessMachine, empty_machine, remove_tree
 from podflare.engines.process.plan import plan_machine, plan_stage
 from podflare.engines.process.waiting import make_owned, wait_readable
-from podflare.engines.process.zygote import Zygote
 from podflare.errors import (
     Conflict,
     DeadlineExceeded,
-    IsolationIncomplete,
     MachineFailed,
     PodflareError,
-    UnknownTemplate,
 )
 
 MAX_DEPTH = 24
+from podflare.wire.api import TemplateInfo
 """Generations of forks: each lies in a PID namespace below its parent's, and the kernel stops at 32 levels."""
 
 
 class ProcessEngine:
-    """Makes machines of the embedded `default` template.  `start` before `create`."""
+    """Makes machines of the embedded `default` template and of those that were built.  `start` before `create`."""
 
     name = "process"
-    templates = ("default",)
 
     def __init__(self, options: EngineOptions) -> None:
         self._options = options
@@ -54,11 +51,17 @@ class ProcessEngine:
         self._facts: HostFacts = read_facts()
         self._filters: tuple[bytes, ...] = ()
         self._nursery: Nursery | None = None
-        self._zygote: Zygote | None = None
+        self._zygotes = Zygotes(self._facts, self._data, self._machines_dir, options.template_dir)
         self._machines: set[ProcessMachine] = set()
         self._layers = Layers(self._machines_dir)
         self._disk = DiskWatch(self._machines_dir)
-        self._starting = asyncio.Lock()
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        return self._zygotes.names
+
+    def describe(self, template: str) -> TemplateInfo:
+        return self._zygotes.describe(template)
 
     async def probe(self) -> EngineReport:
         return await probe.report()
@@ -72,34 +75,10 @@ class ProcessEngine:
         self._nursery = Nursery(
             self._options, self._machines_dir, cgroups.detect(), self._facts.root, len(self._filters)
         )
-        self._zygote = await self._start_zygote()
+        await self._zygotes.start(self._filters)
         self._disk.start()
 
-    async def _start_zygote(self) -> Zygote:
-        stage_dir = self._data / "stage"
-        stage_dir.mkdir(exist_ok=True)
-        problem: IsolationIncomplete | None = None
-        # Without idmapped mounts (older kernels, some file systems) a root daemon's /usr is read-only, no less walled.
-        for map_ids in (True, False) if self._facts.root else (False,):
-            zygote = Zygote(self._facts.python, self._data / "bundle")
-            plan = plan_stage(
-                self._facts,
-                stage_dir=str(stage_dir),
-                machines_dir=str(self._machines_dir),
-                map_ids=map_ids,
-                filters=self._filters,
-            )
-            try:
-                await zygote.start(plan)
-                return zygote
-            except IsolationIncomplete as exc:
-                problem = exc
-        assert problem is not None
-        raise problem
-
     async def create(self, spec: MachineSpec, *, timeout_s: float) -> ProcessMachine:
-        if spec.template not in self.templates:
-            raise UnknownTemplate(f"unknown template {spec.template!r:.80}; known: {', '.join(self.templates)}")
         try:
             machine = await make_owned(self._bear(spec), timeout_s=timeout_s, discard=self._end)
         except PodflareError:
@@ -113,8 +92,8 @@ class ProcessEngine:
 
     async def _bear(self, spec: MachineSpec) -> ProcessMachine:
         """Order the machine, look at it from outside, let it go, wait for its guest."""
-        nursery, zygote = await self._ready()
-        family = await zygote.spawn()
+        nursery = self._ready()
+        family = await (await self._zygotes.get(spec.template)).spawn()
         unborn: Unborn | None = None
         try:
             unborn = prepare(nursery, spec, family)
@@ -129,15 +108,10 @@ class ProcessEngine:
             await asyncio.shield(give_up(unborn, self._layers) if unborn is not None else family.aclose())
             raise
 
-    async def _ready(self) -> tuple[Nursery, Zygote]:
-        if self._nursery is None or self._zygote is None:
+    def _ready(self) -> Nursery:
+        if self._nursery is None:
             raise MachineFailed("the process engine is not started")
-        if not self._zygote.alive:
-            async with self._starting:
-                if not self._zygote.alive:
-                    await self._zygote.aclose()
-                    self._zygote = await self._start_zygote()
-        return self._nursery, self._zygote
+        return self._nursery
 
     async def _end(self, *machines: ProcessMachine) -> None:
         """Take away machines that were made and not handed out."""
@@ -160,7 +134,7 @@ class ProcessEngine:
                 f"this sandbox is a fork of the {MAX_DEPTH}th generation, the deepest that the kernel's nested "
                 "PID namespaces allow; save its state to files and go on in a new sandbox"
             )
-        nursery, _ = await self._ready()
+        nursery = self._ready()
         hostnames = [f"fork-{secrets.token_hex(4)}" for _ in range(count)]
         forking = fork_machine(nursery, self._layers, parent, hostnames, reseed=reseed, timeout_s=timeout_s)
         try:
@@ -205,9 +179,7 @@ class ProcessEngine:
         # Forks first: a machine with forks keeps its agent until they are gone.
         for machine in sorted(self._machines, key=lambda one: -one.depth):
             await machine.aclose()
-        if self._zygote is not None:
-            await self._zygote.aclose()
-            self._zygote = None
+        await self._zygotes.aclose()
         if self._nursery is not None and self._nursery.cgroups.version:
             self._nursery.cgroups.remove_instance(self._options.instance)
 

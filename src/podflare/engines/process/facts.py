@@ -1,4 +1,4 @@
-"""What this computer offers to the embedded `default` template: read once, then planned with (plan.py)."""
+"""What this computer offers to the zygote of a template: read once, then planned with (plan.py)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+
+from podflare.engines.templates.store import Interpreter
 
 TOP_LEVEL = ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32")
 
@@ -43,11 +45,17 @@ class HostFacts:
     etc_links: tuple[tuple[str, str], ...]
     python: str
     own_packages: tuple[str, ...]
-    """Package directories of the daemon's own environment that lie inside `directories`: hidden from machines."""
+    """Package directories inside `directories` that are hidden from machines."""
 
 
-def read_facts() -> HostFacts:
-    """Facts about the running computer and the interpreter that runs the daemon."""
+def read_facts(interpreter: Interpreter | None = None) -> HostFacts:
+    """Facts about the running computer and an interpreter, by default the one that runs the daemon."""
+    if interpreter is None:
+        prefixes: tuple[str, ...] = (sys.base_prefix, sys.base_exec_prefix)
+        python, hidden = os.path.realpath(base_python()), _own_packages()
+    else:
+        # A template brings its packages: those of this computer would make it another one on every computer.
+        prefixes, python, hidden = interpreter.prefixes, interpreter.executable, interpreter.site_directories
     directories: list[Directory] = []
     links: list[tuple[str, str]] = []
     for name in TOP_LEVEL:
@@ -56,7 +64,7 @@ def read_facts() -> HostFacts:
             links.append((str(path), str(path.readlink())))
         elif path.is_dir():
             directories.append(_directory(str(path)))
-    for prefix in dict.fromkeys((sys.base_prefix, sys.base_exec_prefix)):
+    for prefix in dict.fromkeys(prefixes):
         real = os.path.realpath(prefix)
         if not any(_inside(real, known.path) for known in directories):
             directories.append(_directory(real))
@@ -66,8 +74,8 @@ def read_facts() -> HostFacts:
         links=tuple(links),
         etc_copies=tuple(path for path in _ETC_COPIES if os.access(path, os.R_OK)),
         etc_links=_alternatives(),
-        python=os.path.realpath(base_python()),
-        own_packages=_own_packages(),
+        python=python,
+        own_packages=tuple(path for path in hidden if any(_inside(path, known.path) for known in directories)),
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from podflare.engines.bundle import build_bundle
 from podflare.engines.process.family import Family
 from podflare.engines.process.waiting import wait_readable
-from podflare.errors import IsolationIncomplete, MachineFailed
+from podflare.errors import IsolationIncomplete, MachineFailed, TemplateFailed
 from podflare.wire.plan import StagePlan, stage_to_json
 
 MAX_ANSWER_BYTES = 64 * 1024
@@ -31,6 +31,8 @@ class Zygote:
         self._control: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = asyncio.Lock()
+        self.cold = ""
+        """Why nothing was preloaded, though the plan names modules."""
 
     @property
     def alive(self) -> bool:
@@ -40,6 +42,7 @@ class Zygote:
         """Start the interpreter and build the stage.
 
         Raises: IsolationIncomplete if the stage cannot be built here; the message names the step that failed.
+            TemplateFailed if a module that it should preload cannot be imported.
             If raised or cancelled nothing runs.
         """
         bundle = build_bundle(self._bundle_dir)
@@ -65,9 +68,12 @@ class Zygote:
             self._control = None
             self._end()
             raise
-        if "error" in answer:
+        if "ok" not in answer:
             await self.aclose()
+            if "preload" in answer:
+                raise TemplateFailed(str(answer["preload"]))
             raise IsolationIncomplete(f"the process engine could not build its stage: {answer['error']}")
+        self.cold = str(answer.get("cold", ""))
 
     async def spawn(self) -> Family:
         """A new family, the caller's to close.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import Optional
+from typing import List, Optional
 
 from podflare.guest import syscalls as sc
 from podflare.wire.plan import IdMap, SkeletonEntry, StagePlan
@@ -60,6 +60,39 @@ def enter_stage(plan: StagePlan) -> None:
     sc.pivot_root(".", ".")  # pivot_root(2): the old root now lies on top of the new one ...
     sc.umount(".", sc.MNT_DETACH)  # ... and goes
     os.chdir("/")
+
+
+def show_root(plan: StagePlan) -> List[str]:
+    """Show, on the stage itself, the files that machines have, under the paths that they have there.
+
+    For modules that are imported before there is a machine.  Writable are /tmp and /root, which are nobody's later.
+    Returns: the mounts, for `hide_root`.
+    """
+    mounts: List[str] = []
+
+    def bind(source: str, target: str) -> None:
+        os.makedirs(target, exist_ok=True)
+        sc.mount(source, target, None, sc.MS_BIND | sc.MS_REC)
+        mounts.append(target)
+
+    for number, tree in enumerate(plan.trees):
+        bind(f"/lower/{number}", tree.target)
+    bind("/skel/etc", "/etc")
+    for path in plan.hide:
+        bind("/empty", path)
+    for entry in plan.skeleton:
+        if entry.link_to is not None and entry.path.count("/") == 1:
+            os.symlink(entry.link_to, entry.path)
+    for path in ("/tmp", "/root"):
+        os.makedirs(path, exist_ok=True)
+        os.chmod(path, 0o1777)
+    return mounts
+
+
+def hide_root(mounts: List[str]) -> None:
+    """Undo `show_root`, so that no machine starts with these mounts.  What is mapped from them stays mapped."""
+    for target in reversed(mounts):
+        sc.umount(target, sc.MNT_DETACH)
 
 
 def _attach_trees(plan: StagePlan) -> None:

@@ -2,27 +2,28 @@
 
 Speaks with the daemon over one SOCK_SEQPACKET socket: a StagePlan first, then for each family a packet with its
 control socket, answered by {"ok"} and a pidfd or {"error"}.  It ends with that socket.
-User code never runs in it, so whatever it has imported is what every new machine starts with.
+User code never runs in it, so whatever it has imported is what every new machine starts with; a template's own modules
+are imported in a part of it that has no privileges (preload.py).
 """
 
 from __future__ import annotations
 
 import gc
-import importlib
 import json
 import os
 import selectors
 import signal
 import socket
 import sys
-from typing import List, NoReturn, Tuple
+from typing import Callable, List, NoReturn, Tuple
 
 from podflare.guest import namespace, processes
 from podflare.guest import syscalls as sc
-from podflare.guest.process import family, stage
+from podflare.guest.process import family, preload, stage
 from podflare.wire import plan as plans
 
 MAX_PACKET_BYTES = 192 * 1024
+WriteIdMaps = Callable[[int, plans.IdMap], None]
 
 
 def main(argv: List[str]) -> NoReturn:
@@ -30,31 +31,37 @@ def main(argv: List[str]) -> NoReturn:
     control = socket.socket(fileno=int(argv[0]))
     try:
         plan = plans.stage_from_json(control.recv(MAX_PACKET_BYTES))
-        _prepare(plan)
+        _enter(plan)
+        mapper, cold = preload.split(plan) if plan.preload else (None, "")
+        _settle()
+    except preload.PreloadFailed as exc:
+        _answer(control, {"preload": str(exc)[:4000]})
+        os._exit(1)
     except BaseException as exc:
         _answer(control, {"error": f"{type(exc).__name__}: {exc}"})
         os._exit(1)
-    _answer(control, {"ok": True, "python": sys.version.split()[0]})
-    _serve(control, plan)
+    _answer(control, {"ok": True, "python": sys.version.split()[0], "cold": cold})
+    _serve(control, plan, stage.write_id_maps if mapper is None else mapper.write_id_maps)
     os._exit(0)
 
 
-def _prepare(plan: plans.StagePlan) -> None:
-    namespace.prepare_paths()
-    for name in plan.preload:
-        importlib.import_module(name)
+def _enter(plan: plans.StagePlan) -> None:
+    namespace.prepare_paths(plan.paths)
     # After the site configuration, which may set variables for this computer.
     os.environ.clear()
     os.environ.update(plan.environment)
     if plan.own_user_namespace:
         stage.become_namespace_root()
     stage.enter_stage(plan)
+
+
+def _settle() -> None:
     sc.set_child_subreaper()  # families outlive the process that forks them, and must be reaped here
     gc.collect()
     gc.freeze()  # the collector of a child would otherwise touch, and so copy, every page of ours
 
 
-def _serve(control: socket.socket, plan: plans.StagePlan) -> None:
+def _serve(control: socket.socket, plan: plans.StagePlan, write_id_maps: WriteIdMaps) -> None:
     wake_r, wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -67,15 +74,15 @@ def _serve(control: socket.socket, plan: plans.StagePlan) -> None:
                     data, fds, _, _ = socket.recv_fds(control, MAX_PACKET_BYTES, 1)
                     if not data:
                         return
-                    _handle(control, plan, fds)
+                    _handle(control, plan, fds, write_id_maps)
                 else:
                     os.read(wake_r, 512)
                     processes.reap()
 
 
-def _handle(control: socket.socket, plan: plans.StagePlan, fds: List[int]) -> None:
+def _handle(control: socket.socket, plan: plans.StagePlan, fds: List[int], write_id_maps: WriteIdMaps) -> None:
     try:
-        pid = _start_family(plan, fds[0])
+        pid = _start_family(plan, fds[0], write_id_maps)
         # Opened before the family can be reaped (only _serve does), so it cannot be another process.
         pidfd = os.pidfd_open(pid)
         try:
@@ -89,11 +96,11 @@ def _handle(control: socket.socket, plan: plans.StagePlan, fds: List[int]) -> No
             os.close(fd)
 
 
-def _start_family(plan: plans.StagePlan, family_control: int) -> int:
+def _start_family(plan: plans.StagePlan, family_control: int, write_id_maps: WriteIdMaps) -> int:
     """Pid of a new family, which already runs.
 
-    A middle process makes the namespaces and forks the family into them; it needs this process, outside of its
-    user namespace, to write the id maps.
+    A middle process makes the namespaces and forks the family into them; the id maps are written from outside of its
+    user namespace.
     """
     to_parent_r, to_parent_w = os.pipe2(os.O_CLOEXEC)
     to_child_r, to_child_w = os.pipe2(os.O_CLOEXEC)
@@ -108,7 +115,7 @@ def _start_family(plan: plans.StagePlan, family_control: int) -> int:
         os.close(to_child_r)
         step, _ = _receive(to_parent_r)
         if step == "unshared":
-            stage.write_id_maps(middle, plan.ids)
+            write_id_maps(middle, plan.ids)
             os.write(to_child_w, b".")
             step, detail = _receive(to_parent_r)
             if step == "family":
