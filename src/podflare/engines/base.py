@@ -45,6 +45,7 @@ class Limits:
     cpus: float | None = None
     """Processor time it may take in any stretch of time, in processors; None for all that nobody else wants."""
 
+
 @dataclass(frozen=True)
 class MachineSpec:
     """What to start."""

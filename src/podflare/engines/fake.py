@@ -18,7 +18,7 @@ from typing import Any
 import anyio
 import anyio.abc
 
-from podflare.engines.base import Death, EngineReport, FileMerge, Limits, Machine, MachineSpec, Usage, Wall
+from podflare.engines.base import Death, EngineReport, Limits, Machine, MachineSpec, Usage, Wall
 from podflare.engines.bundle import build_bundle
 from podflare.errors import DeadlineExceeded, MachineFailed, NotBuilt, UnknownTemplate
 from podflare.wire.api import Diff, TemplateInfo

@@ -24,9 +24,11 @@ from podflare.guest.descriptors import close_all_but
 from podflare.guest.interrupts import InterruptGate
 from podflare.guest.stdio import StandardStreams, high_copy
 from podflare.guest.tools import ToolCalls
+from podflare.guest.variables.operations import Operations
 from podflare.wire import frames
 from podflare.wire.events import EXIT_INTERRUPTED
 from podflare.wire.messages import ENDED, INTERRUPTED, Error, Exec, Exit, Message, Ready, Result, from_host, to_payload
+from podflare.wire.variables import ORDERS, VariablesOrder
 from podflare.wire.version import PROTOCOL
 
 
@@ -126,6 +128,12 @@ class _AgentLink:
         while data:
             data = data[os.write(self.fd, data) :]
 
+    def send_data(self, channel: int, data: memoryview) -> None:
+        """One DATA frame."""
+        rest = memoryview(frames.encode(frames.DATA, channel, bytes(data)))
+        while rest:
+            rest = rest[os.write(self.fd, rest) :]
+
     def close(self) -> None:
         os.close(self.fd)
 
@@ -143,6 +151,7 @@ class Repl:
         self._sources = tracebacks.CellSources()
         self._main = namespace.make_main()
         self._tools = ToolCalls(link, self._gate, self._send)
+        self._variables = Operations(link, self._gate, self._main.__dict__, self._sources)
         self._pid = os.getpid()
         self._channel: Optional[int] = None
         self._last_words: List[Message] = []
@@ -161,10 +170,12 @@ class Repl:
             frame = self._link.next_frame()
             if frame is None:
                 return
-            message = from_host(frame.payload)
-            # An Interrupt that is read here came too late: its cell is over.
+            # An Interrupt or values that are read here came too late: their cell or operation is over.
+            message = from_host(frame.payload) if frame.kind == frames.MESSAGE else None
             if isinstance(message, Exec):
                 self._serve_cell(frame.channel, message)
+            elif isinstance(message, ORDERS):
+                self._serve_variables(frame.channel, message)
 
     def _serve_cell(self, channel: int, cell: Exec) -> None:
         self._channel = channel
@@ -182,6 +193,19 @@ class Repl:
         with self._send_lock:
             self._channel = None
             self._link.send(channel, *self._last_words, Exit(code=code, reason=reason))
+
+    def _serve_variables(self, channel: int, order: VariablesOrder) -> None:
+        """An operation on variables ends as a cell does; it displays nothing."""
+        reason = ENDED
+        try:
+            self._variables.run(channel, order)
+        except KeyboardInterrupt:
+            reason = INTERRUPTED
+        self._disarm()
+        self._streams.flush()
+        if os.getpid() != self._pid:
+            os._exit(0)
+        self._link.send(channel, Exit(code=EXIT_INTERRUPTED if reason == INTERRUPTED else 0, reason=reason))
 
     def _run(self, cell: Exec) -> Tuple[int, str]:
         """Exit code and reason.  Raises: KeyboardInterrupt if one comes while the end is being reported."""
@@ -206,6 +230,7 @@ class Repl:
         return code, reason
 
     def _execute(self, cell: Exec) -> None:
+        self._variables.bases.before_change(self._main.__dict__)
         self._sources.add(cell.name, cell.code)
         self._tools.begin(cell.tools, self._main.__dict__)
         compiled = self._compiler.compile(cell.code, cell.name)
@@ -288,6 +313,7 @@ class Repl:
         line = self._line
         assert line is not None
         self._streams.flush()
+        self._variables.fork_comes()
         newborn, why = Newborn(reseed), ""
         line.forking = True
         try:

@@ -25,7 +25,8 @@ from podflare.engines.process.facts import HostFacts, read_facts
 from podflare.engines.process.fork import fork_machine
 from podflare.engines.process.layers import Layers, take_away
 from podflare.engines.process.machine import ProcessMachine, empty_machine, remove_tree
-from podflare.engines.process.plan import plan_machine, plan_stage
+from podflare.engines.process.plan import plan_machine
+from podflare.engines.process.templates import Zygotes
 from podflare.engines.process.waiting import make_owned, wait_readable
 from podflare.errors import (
     Conflict,
@@ -33,9 +34,9 @@ from podflare.errors import (
     MachineFailed,
     PodflareError,
 )
+from podflare.wire.api import TemplateInfo
 
 MAX_DEPTH = 24
-from podflare.wire.api import TemplateInfo
 """Generations of forks: each lies in a PID namespace below its parent's, and the kernel stops at 32 levels."""
 
 
