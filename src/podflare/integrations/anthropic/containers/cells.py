@@ -64,6 +64,11 @@ def python_preparation(directory: str) -> str:
     )
 
 
+async def prepare_python(sandbox: AsyncSandbox, place: Place) -> None:
+    """Set the directories for the Python cell to come."""
+    await sandbox.run_code(python_preparation(place.directory), timeout=_SIDE_TIMEOUT_S)
+
+
 async def run_bash(sandbox: AsyncSandbox, call: Call, place: Place, timeout_s: float) -> Block:
     """Run a `bash_code_execution`; `content` of its result.  Raises: PodflareError if the sandbox fails."""
     command = call.input.get("command")
@@ -81,7 +86,7 @@ async def run_python(sandbox: AsyncSandbox, call: Call, place: Place, timeout_s:
     code = call.input.get("code")
     if not isinstance(code, str):
         return error_content(call.name, INVALID_INPUT)
-    await sandbox.run_code(python_preparation(place.directory), timeout=_SIDE_TIMEOUT_S)
+    await prepare_python(sandbox, place)
     try:
         done = await sandbox.run_code(code, timeout=timeout_s)
     except (TooLarge, BadRequest):
@@ -89,8 +94,17 @@ async def run_python(sandbox: AsyncSandbox, call: Call, place: Place, timeout_s:
     return await finished(sandbox, call.name, done, place)
 
 
-async def finished(sandbox: AsyncSandbox, name: str, done: ExecResult, place: Place) -> Block:
-    """`content` of the result for a cell that is over, its files kept."""
+async def finished(
+    sandbox: AsyncSandbox, name: str, done: ExecResult, place: Place, *, limit_told: bool = False
+) -> Block:
+    """`content` of the result for a cell that is over, its files kept.
+
+    Args:
+        limit_told: the model was told of the time limit, so running into it is a result like any other.
+    """
+    if done.reason == "timed_out" and limit_told:
+        text = f"{_bounded(done.stderr)}\ndetection_timeout: the code was ended at its time limit".lstrip()
+        return output_content(name, _bounded(done.stdout), text, done.exit_code, [])
     if done.reason == "timed_out":
         return error_content(name, TIMED_OUT)
     if done.reason in ("sandbox_failed", "incomplete"):

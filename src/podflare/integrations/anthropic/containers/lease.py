@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import anyio.to_thread
 
 from podflare.errors import NoCapacity, PodflareError, QuotaExceeded
-from podflare.integrations.anthropic.containers.container import Container
+from podflare.integrations.anthropic.containers.container import Container, Order
 from podflare.integrations.anthropic.containers.files import FileStore
 from podflare.integrations.anthropic.containers.registry import Containers
 from podflare.integrations.anthropic.hosted.blocks import (
@@ -21,6 +21,7 @@ from podflare.integrations.anthropic.hosted.blocks import (
     hosted_result,
 )
 from podflare.integrations.anthropic.hosted.request import Files, HostedRequest
+from podflare.integrations.anthropic.hosted.rounds import Paused
 from podflare.integrations.anthropic.hosted.uploads import input_names
 
 
@@ -38,9 +39,10 @@ def look_up_files(request: HostedRequest, store: FileStore, owner: str) -> Files
 class Lease:
     """The container of one turn."""
 
-    def __init__(self, containers: Containers, owner: str, names: Mapping[str, str]) -> None:
+    def __init__(self, containers: Containers, owner: str, request: HostedRequest, names: Mapping[str, str]) -> None:
         self._containers = containers
         self._owner = owner
+        self._request = request
         self._names = dict(names)
         self._held: Container | None = None
         self._filled = False
@@ -52,7 +54,7 @@ class Lease:
         Raises: BadRequest, FileMissing, ... for what is not there.
         """
         files = await anyio.to_thread.run_sync(look_up_files, request, containers.files, owner)
-        lease = cls(containers, owner, files.names)
+        lease = cls(containers, owner, request, files.names)
         if request.container_id is not None:
             lease._hold(await containers.find(owner, request.container_id))
         return lease, files
@@ -76,8 +78,8 @@ class Lease:
         self._containers.touch(self._held)
         return self._containers.described(self._held)
 
-    async def run(self, call: Call) -> Block:
-        """The result block of a call; what fails is a result, too."""
+    async def run(self, call: Call) -> Block | Paused:
+        """The result block of a call, or what its code wants from the client; what fails is a result, too."""
         name = call.name if call.name in SANDBOX_TOOLS else CODE
         try:
             container = self._held or self._hold(await self._containers.create(self._owner))
@@ -88,4 +90,7 @@ class Lease:
             return hosted_result(call, error_content(name, TOO_MANY, str(exc)))
         except PodflareError as exc:
             return hosted_result(call, error_content(name, UNAVAILABLE, str(exc)))
-        return await container.run(call, self._containers.settings.cell_s)
+        order = Order(
+            self._containers.settings.cell_s, self._request.toolset.functions, self._request.answers.get(call.id)
+        )
+        return await container.run(call, order)

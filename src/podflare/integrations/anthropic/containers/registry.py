@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 import anyio
+from anyio.abc import TaskGroup
 
-from podflare.errors import BadRequest, PodflareError, SandboxNotFound
+from podflare.errors import BadRequest, Conflict, PodflareError, SandboxNotFound
 from podflare.integrations.anthropic.containers.container import Container
 from podflare.integrations.anthropic.containers.files import FileStore
 from podflare.integrations.anthropic.containers.index import ContainerRow, Index
@@ -38,7 +40,10 @@ class Settings:
 
 
 class Containers:
-    """All containers of this program.  `aclose` ends those that could not be found again by a later one."""
+    """All containers of this program, for as long as its `async with` block lasts.
+
+    Its end closes the sandboxes that a later program could not find again.
+    """
 
     def __init__(
         self,
@@ -57,9 +62,17 @@ class Containers:
         self._living: dict[str, Container] = {}
         self._lasting = bool(client.host)  # a private daemon, which has no address yet, ends with this program
         self._adopting = anyio.Lock()
+        self._tasks: TaskGroup
 
-    async def aclose(self) -> None:
-        """Close the connections, and the sandboxes unless a later program can go on with them."""
+    async def __aenter__(self) -> Containers:
+        self._tasks = await anyio.create_task_group().__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._tasks.cancel_scope.cancel()
+        await self._tasks.__aexit__(None, None, None)
         with anyio.CancelScope(shield=True):
             for container in list(self._living.values()):
                 if not self._lasting:
@@ -78,7 +91,9 @@ class Containers:
         return self._register(owner, sandbox)
 
     def _register(self, owner: str, sandbox: AsyncSandbox, container_id: str | None = None) -> Container:
-        container = Container(container_id or f"container_{secrets.token_hex(12)}", owner, sandbox, self.files)
+        container = Container(
+            container_id or f"container_{secrets.token_hex(12)}", owner, sandbox, self.files, self._tasks
+        )
         container.expires_at = self._now() + self.settings.idle_s
         self._living[container.id] = container
         daemon = self._client.host if self._lasting else ""
@@ -130,6 +145,8 @@ class Containers:
         Raises: as find; PodflareError as AsyncSandbox.fork.
         """
         origin = await self.find(owner, container_id)
+        if origin.waits:
+            raise Conflict(f"container: code in {container_id} waits for the results of its tool calls")
         made = []
         for sandbox in await origin.sandbox.fork(n):
             copy = self._register(owner, sandbox)

@@ -42,12 +42,11 @@ async def gateway(
         max_owner_bytes=config.max_owner_bytes,
     )
     settings = Settings(idle_s=config.idle_s, cell_s=config.cell_s, sandbox=sandbox)
-    containers = Containers(client, store, index, settings)
     upstream = Upstream(config.upstream, config.upstream_key, config.upstream_silence_s)
     try:
-        yield _application(config, guard, upstream, containers, store)
+        async with Containers(client, store, index, settings) as containers:
+            yield _application(config, guard, upstream, containers, store)
     finally:
-        await containers.aclose()
         await upstream.aclose()
         index.close()
 

@@ -6,6 +6,7 @@ What is written here goes into every prompt: it must stay the same from one requ
 from __future__ import annotations
 
 import json
+import keyword
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -188,8 +189,8 @@ def _check_functions(functions: Sequence[Tool], version: str | None) -> None:
         raise BadRequest(f"tools: at most {MAX_FUNCTIONS} tools may be called from code")
     for tool in functions:
         name = tool.get("name")
-        if not isinstance(name, str) or not name.isidentifier():
-            raise BadRequest(f"tools: {name!r:.80} cannot be called from code: its name is no Python identifier")
+        if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+            raise BadRequest(f"tools: {name!r:.80} cannot be called from code: its name is no Python name")
         if tool.get("strict"):
             raise BadRequest(f"tools: {name!r:.80} has `strict`, which cannot be combined with programmatic calling")
         if tool.get("type", "custom") not in (None, "custom"):

@@ -165,15 +165,40 @@ def _only_results(message: Mapping[str, Any]) -> bool:
     )
 
 
-def inner_results(messages: Sequence[Message], call_id: str) -> dict[str, Block]:
-    """tool_use id -> `tool_result` block that the last message gives to code of the sandbox call `call_id`."""
+def inner_calls(messages: Sequence[Message], call_id: str) -> list[str]:
+    """Ids of the client tool calls that the code of this sandbox call has made so far."""
+    return [str(block.get("id")) for message in messages for block in blocks_of(message) if caller_of(block) == call_id]
+
+
+def inner_answers(messages: Sequence[Message], call_id: str) -> dict[str, str]:
+    """tool_use id -> text that the last message gives to the code of this sandbox call.
+
+    Raises: BadRequest if a call has no result, or one that is no text.
+    """
     if not messages or messages[-1].get("role") != "user":
         return {}
-    inner = {
-        str(block.get("id")) for message in messages for block in blocks_of(message) if caller_of(block) == call_id
+    results = {
+        str(block.get("tool_use_id")): block for block in blocks_of(messages[-1]) if block.get("type") == "tool_result"
     }
-    return {
-        str(block["tool_use_id"]): block
-        for block in blocks_of(messages[-1])
-        if block.get("type") == "tool_result" and str(block.get("tool_use_id")) in inner
-    }
+    asked = [block for block in _last_turn(messages) if caller_of(block) == call_id]
+    missing = [str(block.get("id")) for block in asked if str(block.get("id")) not in results]
+    if missing:
+        raise BadRequest(
+            f"messages.{len(messages) - 1}: `tool_use` ids were found without `tool_result` blocks immediately after: "
+            f"{', '.join(missing)}"
+        )
+    return {str(block["id"]): _text_of(results[str(block["id"])]) for block in asked}
+
+
+def _last_turn(messages: Sequence[Message]) -> list[Block]:
+    return next((blocks_of(message) for message in reversed(messages) if message.get("role") == "assistant"), [])
+
+
+def _text_of(result: Block) -> str:
+    content = result.get("content")
+    if content is None or isinstance(content, str):
+        return content or ""
+    blocks = blocks_of(result)
+    if len(blocks) != len(content) or any(not isinstance(block.get("text"), str) for block in blocks):
+        raise BadRequest("tool_result: only text can be given to code that calls a tool")
+    return "".join(block["text"] for block in blocks)

@@ -8,7 +8,7 @@ from typing import Any
 
 from podflare.errors import BadRequest
 from podflare.integrations.anthropic.hosted import definitions, history, uploads
-from podflare.integrations.anthropic.hosted.blocks import Block, Call, caller_of
+from podflare.integrations.anthropic.hosted.blocks import Block, Call
 from podflare.integrations.anthropic.hosted.history import Message
 
 MAX_MESSAGES = 100_000
@@ -25,6 +25,8 @@ class HostedRequest:
     container_id: str | None
     pending: tuple[Call, ...]
     """Sandbox calls of an earlier turn, to be run first."""
+    answers: Mapping[str, Mapping[str, str]]
+    """For each pending call whose code waits for the client: what the client's tools gave, by tool_use id."""
     uploaded: tuple[str, ...]
     """Files that belong into the container."""
     referenced: tuple[str, ...]
@@ -107,7 +109,8 @@ def parse(body: Mapping[str, Any]) -> HostedRequest:
     if pending and toolset.version is None:
         raise BadRequest(f"tools: {pending[0].name} waits to be run, so the code_execution tool must be declared again")
     container_id = _container_id(body.get("container"))
-    if container_id is None and any(_is_programmatic(messages, call) for call in pending):
+    begun = [call.id for call in pending if history.inner_calls(messages, call.id)]
+    if container_id is None and begun:
         raise BadRequest("container: required to go on with code that waits for the results of its tool calls")
     return HostedRequest(
         body=body,
@@ -116,13 +119,10 @@ def parse(body: Mapping[str, Any]) -> HostedRequest:
         tool_choice=definitions.rewrite_choice(body.get("tool_choice"), toolset),
         container_id=container_id,
         pending=tuple(pending),
+        answers={call_id: history.inner_answers(messages, call_id) for call_id in begun},
         uploaded=tuple(uploads.uploaded_ids(messages)),
         referenced=tuple(uploads.referenced_ids(messages)),
     )
-
-
-def _is_programmatic(messages: Sequence[Message], call: Call) -> bool:
-    return any(caller_of(block) == call.id for message in messages for block in history.blocks_of(message))
 
 
 def _messages(messages: object) -> list[Message]:
