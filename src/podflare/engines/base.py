@@ -6,6 +6,7 @@ Knows nothing of cells, HTTP or owners.  Whoever creates a machine owns it and m
 from __future__ import annotations
 
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -106,6 +107,63 @@ class Death:
     out_of_disk: bool = False
 
 
+@dataclass(frozen=True)
+class Side:
+    """What one machine has at a path."""
+
+    type: str
+    size: int | None = None
+
+
+@dataclass(frozen=True)
+class FileConflict:
+    """A path that both machines changed since they were one, and not alike."""
+
+    path: str
+    why: str
+    ours: Side | None
+    """None: nothing is there."""
+    theirs: Side | None
+    version: str
+    """Of what both sides have: another one, another conflict."""
+    paths: tuple[str, ...]
+    """All that change with it if theirs is taken: of a directory what is in it, too."""
+
+
+@dataclass(frozen=True)
+class FilesPlan:
+    """What a merge of files would do."""
+
+    merged: tuple[str, ...]
+    """Paths that change, conflicts apart; sorted."""
+    conflicts: tuple[FileConflict, ...]
+    skipped: tuple[tuple[str, str], ...]
+    """(path, kind) of what only its owner can have: sockets, devices."""
+
+
+class FileMerge(Protocol):
+    """A merge of one machine's files into another's under way.  Owned by whoever began it, who closes it.
+
+    Nothing changes before `apply`, and what that did is undone by `aclose` unless `keep` came before.
+    """
+
+    plan: FilesPlan
+
+    async def apply(self, decisions: Mapping[str, str], *, timeout_s: float) -> None:
+        """Change the files.  Each appears whole, under its name, at one moment; open ones keep their old content.
+
+        Args: decisions: of each conflict "ours" or "theirs", by path.
+        Raises: Conflict if running code changed one of them meanwhile; TooLarge if the disk limit does not allow it;
+            DeadlineExceeded, MachineFailed.  Then nothing has changed, or the message says what could not be undone.
+        """
+
+    async def keep(self) -> None:
+        """What was applied stays; what the other machine had then is the base of the next merge of the two."""
+
+    async def aclose(self) -> None:
+        """Undo what was not kept and release everything.  Idempotent; shielded from cancellation inside."""
+
+
 class Machine(Protocol):
     """One isolated unit.  Owned by whoever created it; nothing of it is left once `aclose` returned."""
 
@@ -154,6 +212,16 @@ class Machine(Protocol):
             detail: tell sizes, and text changes as patches.
         Raises: NotBuilt if the engine cannot compare; TooLarge if more differs than an answer holds; MachineFailed
             if one of them is gone; DeadlineExceeded.
+        """
+
+    async def merge_files(self, other: Machine, paths: tuple[str, ...], *, timeout_s: float) -> FileMerge:
+        """Plan to bring what the other machine changed below `paths`, since both were one, into this one.
+
+        Precondition: no cell runs in either.  Other running code may write on.
+        Args:
+            paths: as in `diff`.
+        Raises: NotBuilt if the engine cannot merge; Conflict if it is not known what both were; TooLarge, MachineFailed,
+            DeadlineExceeded.
         """
 
     async def wait_dead(self) -> Death:

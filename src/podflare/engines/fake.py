@@ -18,7 +18,7 @@ from typing import Any
 import anyio
 import anyio.abc
 
-from podflare.engines.base import Death, EngineReport, Limits, Machine, MachineSpec, Usage, Wall
+from podflare.engines.base import Death, EngineReport, FileMerge, Limits, Machine, MachineSpec, Usage, Wall
 from podflare.engines.bundle import build_bundle
 from podflare.errors import DeadlineExceeded, MachineFailed, NotBuilt, UnknownTemplate
 from podflare.wire.api import Diff, TemplateInfo
@@ -63,6 +63,9 @@ class FakeMachine:
 
     async def diff(self, other: Machine, paths: tuple[str, ...], *, detail: bool, timeout_s: float) -> Diff:
         raise NotBuilt("the fake engine has no layers to compare")
+
+    async def merge_files(self, other: Machine, paths: tuple[str, ...], *, timeout_s: float) -> FileMerge:
+        raise NotBuilt("the fake engine has no layers to merge")
 
     async def wait_dead(self) -> Death:
         status = await self._process.wait()

@@ -30,6 +30,8 @@ MS_REC = 0x4000
 MS_PRIVATE = 1 << 18
 MNT_DETACH = 2
 
+CAP_DAC_OVERRIDE = 1
+CAP_FOWNER = 3
 CAP_SYS_CHROOT = 18
 CAP_SYS_ADMIN = 21
 CAP_LAST = 63
@@ -51,6 +53,7 @@ _NUMBERS = {
     "pivot_root": (155, 41),
     "capget": (125, 90),
     "capset": (126, 91),
+    "renameat2": (316, 276),
     "seccomp": (317, 277),
     "open_tree": (428, 428),
     "move_mount": (429, 429),
@@ -108,6 +111,22 @@ def umount(target: str, flags: int = 0) -> None:
 
 def pivot_root(new_root: str, put_old: str) -> None:
     _syscall("pivot_root", _path(new_root), _path(put_old))
+
+
+def rename(name: str, folder: int, new_name: str, new_folder: int, *, exchange: bool = False) -> None:
+    """Rename between two directories, over nothing that is there; or exchange two entries at one moment.
+
+    Raises: OSError; FileExistsError if something has the new name and is not to be exchanged.
+    """
+    flags = 2 if exchange else 1  # RENAME_EXCHANGE, RENAME_NOREPLACE
+    _syscall(
+        "renameat2",
+        ctypes.c_int(folder),
+        _path(name),
+        ctypes.c_int(new_folder),
+        _path(new_name),
+        ctypes.c_uint(flags),
+    )
 
 
 def clone_mount(path: str, *, id_map_fd: Optional[int], recursive: bool) -> int:

@@ -134,6 +134,7 @@ async def receive_confined(nursery: Nursery, unborn: Unborn) -> ProcessMachine:
     try:
         parts.agent_pidfd = os.pidfd_open(pid)
         parts.pid_namespace = os.open(f"/proc/{pid}/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+        parts.mount_namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         parts.namespaces = check.namespaces_of(pid)
         walls = check.check_confinement(pid, filters=nursery.filters, root=nursery.root, cgroup=parts.cgroup)
     except OSError as exc:

@@ -25,6 +25,7 @@ from podflare.engines.process.facts import HostFacts, read_facts
 from podflare.engines.process.fork import fork_machine
 from podflare.engines.process.layers import Layers, take_away
 from podflare.engines.process.machine import ProcessMachine, empty_machine, remove_tree
+from podflare.engines.process.merge import Kinship, ProcessFileMerge
 from podflare.engines.process.plan import plan_machine
 from podflare.engines.process.templates import Zygotes
 from podflare.engines.process.waiting import make_owned, wait_readable
@@ -55,6 +56,7 @@ class ProcessEngine:
         self._zygotes = Zygotes(self._facts, self._data, self._machines_dir, options.template_dir)
         self._machines: set[ProcessMachine] = set()
         self._layers = Layers(self._machines_dir)
+        self._kin = Kinship(self._layers)
         self._disk = DiskWatch(self._machines_dir)
 
     @property
@@ -125,6 +127,7 @@ class ProcessEngine:
         machine.on_close = self._remove
         machine.on_fork = self._fork
         machine.on_diff = compare_machines
+        machine.on_merge = self._merge_files
         machine.watch()
 
     async def _fork(
@@ -150,11 +153,19 @@ class ProcessEngine:
             child.parent, child.depth = parent, parent.depth + 1
             parent.nested.add(child)
             self._take_in(child)
+        self._kin.born(parent, children)
         return tuple(children)
+
+    async def _merge_files(
+        self, ours: ProcessMachine, theirs: ProcessMachine, paths: tuple[str, ...], timeout_s: float
+    ) -> ProcessFileMerge:
+        nursery, _ = await self._ready()
+        return await ProcessFileMerge.begin(nursery, self._layers, self._kin, ours, theirs, paths, timeout_s)
 
     async def _remove(self, machine: ProcessMachine) -> None:
         """Closing of a machine: at once if it has no forks, else all but its agent now and that with the last fork."""
         self._disk.discard(machine)
+        await self._kin.gone(machine)
         if machine.nested:
             await empty_machine(machine.parts, machine.agent_pid)
             # No fork has this machine's own layer below it, and its agent, which still mounts it, only waits.

@@ -67,6 +67,14 @@ class Family:
         """
         self._send({"compare": order}, [answer_to])
 
+    def order_merge(self, order: dict[str, Any], fds: list[int]) -> None:
+        """Have files merged (guest/process/merging.py).
+
+        Args: fds: the socket of the conversation, the mount namespace of the machine that is to be changed.
+        Raises: MachineFailed if the family is gone.
+        """
+        self._send({"merge": order}, fds)
+
     def _send(self, body: dict[str, Any], fds: list[int]) -> None:
         try:
             socket.send_fds(self._control, [json.dumps(body).encode()], fds)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from podflare.engines.base import Death, Limits, Machine, MachineSpec, Usage, Wall
+from podflare.engines.base import Death, FileMerge, Limits, Machine, MachineSpec, Usage, Wall
 from podflare.engines.linux.cgroups import Cgroup
 from podflare.engines.process.family import END_TIMEOUT_S, Family, end_process
 from podflare.engines.process.footprint import add_detail, processes_below
@@ -35,6 +35,7 @@ class Parts:
     """Fork orders to the machine's REPL, and a forked REPL's first words."""
     agent_pidfd: int = -1
     pid_namespace: int = -1
+    mount_namespace: int = -1
     layers: tuple[str, ...] = ()
     namespaces: dict[str, str] = field(default_factory=dict)
 
@@ -42,9 +43,10 @@ class Parts:
         """Close the descriptors; the guest takes the end of its channel as the end."""
         for sock in (self.channel, self.birth, self.line):
             sock.close()
-        if self.pid_namespace >= 0:
-            os.close(self.pid_namespace)
-            self.pid_namespace = -1
+        for fd in (self.pid_namespace, self.mount_namespace):
+            if fd >= 0:
+                os.close(fd)
+        self.pid_namespace = self.mount_namespace = -1
 
 
 Forker = Callable[["ProcessMachine", int, bool, float], Any]
@@ -69,6 +71,7 @@ class ProcessMachine:
         self.on_close: Callable[[ProcessMachine], Any] | None = None
         self.on_fork: Forker | None = None
         self.on_diff: Callable[..., Any] | None = None
+        self.on_merge: Callable[..., Any] | None = None
         self._death: asyncio.Future[Death] = asyncio.get_running_loop().create_future()
         self._closing: asyncio.Task[None] | None = None
         self._watching = False
@@ -142,6 +145,12 @@ class ProcessMachine:
             raise MachineFailed(f"machine {other.id} is none of this engine")
         found: Diff = await self.on_diff(self, other, paths, detail=detail, timeout_s=timeout_s)
         return found
+
+    async def merge_files(self, other: Machine, paths: tuple[str, ...], *, timeout_s: float) -> FileMerge:
+        if self.on_merge is None or not isinstance(other, ProcessMachine):
+            raise MachineFailed(f"machine {other.id} is none of this engine")
+        merging: FileMerge = await self.on_merge(self, other, paths, timeout_s)
+        return merging
 
     async def wait_dead(self) -> Death:
         return await asyncio.shield(self._death)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, FrozenSet, Iterator, List, Optional, Sequence, Tuple
 
 from podflare.wire.plan import StagePlan
 
@@ -24,7 +24,8 @@ MAX_NAME_BYTES = 64 * 1024 * 1024
 """Of all paths of one answer together."""
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_GONE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENXIO)
+GONE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENXIO)
+"""What opening a name says that is not what it just was."""
 _OPAQUE = "user.overlay.opaque"
 _CHUNK = 1 << 20
 _KINDS = {
@@ -89,7 +90,7 @@ def resolve(stack: Sequence[Layer], name: str) -> Optional[Entry]:
         try:
             status = os.stat(name, dir_fd=layer.fd, follow_symlinks=False)
         except OSError as exc:
-            if exc.errno in _GONE:
+            if exc.errno in GONE:
                 continue
             raise
         if not stat.S_ISDIR(status.st_mode):
@@ -99,7 +100,7 @@ def resolve(stack: Sequence[Layer], name: str) -> Optional[Entry]:
         try:
             fd = os.open(name, _DIRECTORY, dir_fd=layer.fd)
         except OSError as exc:
-            if exc.errno in _GONE:
+            if exc.errno in GONE:
                 continue
             raise
         first = first or (status, layer)
@@ -132,12 +133,7 @@ class Comparison:
     def __init__(self, first: Sequence[str], second: Sequence[str], notice: Notice) -> None:
         """Args: first, second: names of the machines' layers, topmost first."""
         self._chains = (tuple(first), tuple(second))
-        shared = 0
-        while (
-            shared < min(len(first), len(second)) and first[len(first) - 1 - shared] == second[len(second) - 1 - shared]
-        ):
-            shared += 1
-        self._shared = frozenset(first[len(first) - shared :]) | {""}
+        self._shared = shared_layers(first, second)
         self._notice = notice
         self._entries = 0
         self._name_bytes = 0
@@ -147,7 +143,7 @@ class Comparison:
 
     def overlay(self, name: str, lower: str, mounted: str, path: str) -> None:
         """Compare `path` and all below it in one overlay, which is mounted on `mounted`."""
-        before, after = (_open_stack(chain, name, lower) for chain in self._chains)
+        before, after = (open_stack(chain, name, lower) for chain in self._chains)
         try:
             parts = [part for part in path[len(mounted.rstrip("/")) :].split("/") if part]
             self._descend(before, after, mounted.rstrip("/"), parts)
@@ -174,24 +170,12 @@ class Comparison:
         """Compare what two directories hold."""
         if depth > MAX_DEPTH:
             raise OSError(errno.ENAMETOOLONG, f"directories nested deeper than {MAX_DEPTH}: {path[:200]}")
-        for name in self._touched(before, after):
+        for name in touched(before, after, self._shared):
             pair = (resolve(before, name), resolve(after, name))
             try:
                 self._pair(pair[0], pair[1], f"{path}/{name}", depth)
             finally:
                 _close(pair)
-
-    def _touched(self, before: Sequence[Layer], after: Sequence[Layer]) -> List[str]:
-        """Names that can differ.
-
-        Where both show the same shared layers, those decide alike for every name that nothing above them holds.
-        """
-        shared = [[layer.name for layer in stack if layer.name in self._shared] for stack in (before, after)]
-        looked_at = [layer for layer in (*before, *after) if shared[0] != shared[1] or layer.name not in self._shared]
-        names: Dict[str, None] = {}
-        for layer in looked_at:
-            names.update(dict.fromkeys(os.listdir(layer.fd)))
-        return list(names)
 
     def _pair(self, before: Optional[Entry], after: Optional[Entry], path: str, depth: int) -> None:
         if before is None or after is None:
@@ -199,7 +183,7 @@ class Comparison:
                 self._add(self.added, path, None, after)
             elif before is not None:
                 self._add(self.removed, path, before, None)
-        elif before.kind != after.kind or before.mode != after.mode or not _same_content(before, after):
+        elif before.kind != after.kind or before.mode != after.mode or not same_content(before, after):
             self._add(self.modified, path, before, after)
         below = _folders((before, after))
         if below[0] or below[1]:
@@ -214,7 +198,29 @@ class Comparison:
         self._notice(path, before, after)
 
 
-def _open_stack(chain: Sequence[str], overlay: str, lower: str) -> List[Layer]:
+def shared_layers(first: Sequence[str], second: Sequence[str]) -> FrozenSet[str]:
+    """Names of the layers at the end of both chains, and of the template's, which is below all."""
+    shared = 0
+    while shared < min(len(first), len(second)) and first[len(first) - 1 - shared] == second[len(second) - 1 - shared]:
+        shared += 1
+    return frozenset(first[len(first) - shared :]) | {""}
+
+
+def touched(before: Sequence[Layer], after: Sequence[Layer], shared: FrozenSet[str]) -> List[str]:
+    """Names that can differ between two directories.
+
+    Where both show the same shared layers, those decide alike for every name that nothing above them holds.
+    """
+    alike = [[layer.name for layer in stack if layer.name in shared] for stack in (before, after)]
+    looked_at = [layer for layer in (*before, *after) if alike[0] != alike[1] or layer.name not in shared]
+    names: Dict[str, None] = {}
+    for layer in looked_at:
+        names.update(dict.fromkeys(os.listdir(layer.fd)))
+    return list(names)
+
+
+def open_stack(chain: Sequence[str], overlay: str, lower: str) -> List[Layer]:
+    """What a chain of layers has of one overlay, topmost first.  The caller closes it.  Raises: OSError."""
     stack: List[Layer] = []
     for layer in chain:
         try:
@@ -243,7 +249,7 @@ def _close(entries: Pair) -> None:
             entry.close()
 
 
-def _same_content(before: Entry, after: Entry) -> bool:
+def same_content(before: Entry, after: Entry) -> bool:
     """Of two entries of one kind.  What changes or vanishes while it is read counts as changed."""
     one, two = before.status, after.status
     if (one.st_dev, one.st_ino) == (two.st_dev, two.st_ino):
@@ -255,7 +261,7 @@ def _same_content(before: Entry, after: Entry) -> bool:
             return one.st_size == two.st_size and (one.st_size == 0 or _same_bytes(before, after))
         return before.kind != "device" or one.st_rdev == two.st_rdev
     except OSError as exc:
-        if exc.errno in (*_GONE, errno.EACCES):
+        if exc.errno in (*GONE, errno.EACCES):
             return False
         raise
 

@@ -21,6 +21,7 @@ from podflare.guest.descriptors import close_all_but
 from podflare.guest.process import confine
 from podflare.guest.process.capture import capture_layers
 from podflare.guest.process.comparison import answer_comparison
+from podflare.guest.process.merging import answer_merge
 from podflare.wire.plan import MachinePlan, StagePlan, machine_from_dict
 
 MAX_ORDER_BYTES = 160 * 1024
@@ -78,6 +79,8 @@ def _serve(stage: StagePlan, control: socket.socket) -> None:
                         _capture(control, order)
                     elif "compare" in order:
                         _compare(stage, order["compare"], fds[0])
+                    elif "merge" in order:
+                        _merge(stage, order["merge"], fds)
                     else:
                         _make_machines(stage, order, fds, own_pid_ns)
                 finally:
@@ -104,6 +107,15 @@ def _compare(stage: StagePlan, order: Dict[str, Any], answer_to: int) -> None:
     if os.fork() == 0:
         try:
             answer_comparison(stage, order, answer_to)
+        finally:
+            os._exit(0)
+
+
+def _merge(stage: StagePlan, order: Dict[str, Any], fds: List[int]) -> None:
+    """Likewise; it goes on to talk with the daemon on its socket, and joins the machine whose files it changes."""
+    if os.fork() == 0:
+        try:
+            answer_merge(stage, order, fds)
         finally:
             os._exit(0)
 

@@ -1,0 +1,57 @@
+"""What two machines were when they were last one: the base of a merge.  Pure.
+
+A machine's history is the list of forks that its state came through.  A fork captures its parent's files in a layer
+below its children; the parent itself goes on, so it has that moment in no layer of its own, only its children have.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAX_HISTORY = 256
+"""Forks that are remembered of one machine; older ones are forgotten."""
+
+
+@dataclass(frozen=True)
+class Fork:
+    """One fork, as its children remember it."""
+
+    number: int
+    """Later forks have higher ones."""
+    parent: str
+    """The machine that was forked."""
+    layers: tuple[str, ...]
+    """What shows its files at that moment, topmost first."""
+
+
+History = tuple[Fork, ...]
+"""Latest first."""
+
+
+def lengthened(history: History, fork: Fork) -> History:
+    """The history of a machine that `fork` made of one with this history."""
+    return (fork, *history[: MAX_HISTORY - 1])
+
+
+def common_base(first: str, first_history: History, second: str, second_history: History) -> tuple[str, ...] | None:
+    """The layers that show what both machines were at the last moment at which they were one, topmost first.
+
+    Machines that never were one were the template: no layers.  None if that moment is forgotten.
+    """
+    known = {fork.number for fork in second_history}
+    place = next((at for at, fork in enumerate(first_history) if fork.number in known), None)
+    if place is None:
+        if MAX_HISTORY in (len(first_history), len(second_history)):
+            return None
+        common, after = None, (first_history, second_history)
+    else:
+        common = first_history[place]
+        others = [fork.number for fork in second_history].index(common.number)
+        after = (first_history[:place], second_history[:others])
+    # From there each went on in one machine, which later may have been forked into the present one.
+    next_forks = [later[-1] if later else None for later in after]
+    lines = [fork.parent if fork else own for fork, own in zip(next_forks, (first, second), strict=True)]
+    if lines[0] == lines[1]:
+        earliest = min((fork for fork in next_forks if fork), key=lambda fork: fork.number)
+        return earliest.layers
+    return common.layers if common else ()
