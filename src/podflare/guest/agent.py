@@ -26,15 +26,22 @@ from podflare.wire.messages import (
     DIED,
     ENDED,
     INTERRUPTED,
+    Cancel,
+    DataEnd,
+    Error,
     Exec,
     Exit,
     Interrupt,
     Kill,
     Ready,
+    Result,
+    ToolCall,
+    ToolCancel,
     ToolResult,
     from_host,
     to_payload,
 )
+from podflare.wire.variables import ORDERS, VariablesCommit
 from podflare.wire.version import PROTOCOL
 
 BASH_GRACE_S = 0.25
@@ -104,9 +111,11 @@ def _quiet_signals() -> int:
 class _Cell:
     """The cell that runs now."""
 
-    def __init__(self, channel: int, mark: processes.Mark) -> None:
+    def __init__(self, channel: int, mark: processes.Mark, *, quiet: bool = False) -> None:
         self.channel = channel
         self.mark = mark
+        self.quiet = quiet
+        """An operation on variables: whatever is written meanwhile belongs to the next cell."""
         self.bash_pid = 0
         """0 for a Python cell."""
         self.interrupted = False
@@ -201,20 +210,45 @@ class Agent:
             self._host.flush()
         for frame in self._host.receive():
             if frame.kind == frames.DATA:
-                self._files.data(frame.channel, frame.payload)
+                if not self._pass_on(frame):
+                    self._files.data(frame.channel, frame.payload)
                 continue
             if frame.kind != frames.MESSAGE:
                 raise ProtocolError(f"the host sent a frame of kind {frame.kind}")
             message = from_host(frame.payload)
             if isinstance(message, Exec):
                 self._start_cell(frame, message)
+            elif isinstance(message, ORDERS):
+                self._start_operation(frame)
             elif isinstance(message, (Interrupt, Kill, ToolResult)):
                 cell = self._cell
                 # For a cell that has ended meanwhile it comes too late.
                 if cell is not None and cell.channel == frame.channel and not cell.ending:
                     self._tell(cell, message, frame.payload)
-            else:
+            elif isinstance(message, VariablesCommit):
+                self._pass_on(frame)
+            elif not (isinstance(message, (DataEnd, Cancel)) and self._pass_on(frame)):
                 self._files.handle(frame.channel, message)
+
+    def _pass_on(self, frame: frames.Frame) -> bool:
+        """Give the REPL what belongs to the operation on variables that runs; False if it does not.
+
+        It is never more than WINDOW_BYTES, as long as the REPL acknowledges nothing.
+        """
+        cell = self._cell
+        if cell is None or not cell.quiet or cell.channel != frame.channel:
+            return False
+        if not cell.ending and self._interpreter.link is not None:
+            self._interpreter.link.send(frame.kind, frame.channel, frame.payload)
+        return True
+
+    def _start_operation(self, frame: frames.Frame) -> None:
+        if self._cell is not None:
+            raise ProtocolError("the host sent an operation on variables while a cell runs")
+        self._reap()
+        self._cell = _Cell(frame.channel, self._census.mark(), quiet=True)
+        assert self._interpreter.link is not None
+        self._interpreter.link.send(frames.MESSAGE, frame.channel, frame.payload)
 
     def _start_cell(self, frame: frames.Frame, message: Exec) -> None:
         if self._cell is not None:
@@ -281,7 +315,7 @@ class Agent:
         def on_output(events: int) -> None:
             if not self._held:  # else _send_held reads, and how much matters
                 data = stream.read()
-                if self._cell is None:
+                if self._cell is None or self._cell.quiet:
                     stream.keep(data)
                 elif data:
                     self._host.send(stream.kind, self._cell.channel, data)
@@ -312,9 +346,14 @@ class Agent:
         cell = self._cell
         for frame, message in self._interpreter.receive():
             if cell is None or cell.bash_pid or cell.ending or frame.channel != cell.channel:
-                raise ProtocolError(f"{message.op} for a cell that does not run")
+                raise ProtocolError(f"{message.op if message else frame.kind} for a cell that does not run")
+            told_of_cell = isinstance(message, (Result, Error, ToolCall, ToolCancel))
+            if not isinstance(message, Exit) and cell.quiet == told_of_cell:
+                raise ProtocolError("the Python process mixed up a cell and an operation on variables")
             if isinstance(message, Exit):
                 self._end_cell(cell, message.code, INTERRUPTED if message.reason == INTERRUPTED else ENDED)
+            elif cell.quiet:
+                self._host.send(frame.kind, cell.channel, frame.payload)
             else:
                 self._hold(frames.MESSAGE, cell.channel, frame.payload)
         if self._interpreter.python is not None and not self._ready_sent:
@@ -384,7 +423,7 @@ class Agent:
     def _say_aside(self, text: str) -> None:
         """A line on stderr of the running cell, after its output so far; of the next one if none runs."""
         line = f"podflare: {text}\n".encode()
-        if self._cell is None or self._cell.ending:
+        if self._cell is None or self._cell.ending or self._cell.quiet:
             self._output.stderr.keep(line)
         else:
             self._hold(frames.STDERR, self._cell.channel, line)
@@ -400,7 +439,9 @@ class Agent:
             self._sweep(cell)  # once more: what it started after the first time
         cell.ending = True
         cell.timer = None
-        restarted, self._restarted = self._restarted, False
+        restarted = self._restarted
+        if not cell.quiet:
+            self._restarted = False  # of an operation nobody but the host reads it
         last = Exit(code=code, reason=reason, restarted=restarted, signal=signal_number)
         self._hold(frames.MESSAGE, cell.channel, to_payload(last))
 
@@ -419,7 +460,9 @@ class Agent:
                 data = stream.read(owed[number])
                 # User code can read its own pipe empty through /proc/self/fd; then nothing is owed any more.
                 owed[number] = owed[number] - len(data) if data else 0
-                if data:
+                if self._cell is not None and self._cell.quiet:
+                    stream.keep(data)
+                elif data:
                     self._host.post(stream.kind, channel, data)
         for kind, to, payload in self._held:
             self._host.post(kind, to, payload)

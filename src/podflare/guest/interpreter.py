@@ -19,10 +19,13 @@ from podflare.guest import processes, repl
 from podflare.guest.link import Link
 from podflare.guest.output import Output
 from podflare.wire import frames
-from podflare.wire.messages import Error, Exit, Ready, Result, ToolCall, ToolCancel, from_guest
+from podflare.wire.messages import Ack, Error, Exit, Ready, Result, ToolCall, ToolCancel, from_guest
+from podflare.wire.variables import ANSWERS, VariablesAnswer
 
 CellMessage = Union[Result, Error, ToolCall, ToolCancel, Exit]
 """What the REPL may say of a cell."""
+ReplMessage = Union[CellMessage, VariablesAnswer, Ack]
+"""What it may say of a cell or of an operation on variables."""
 
 MAX_FAILED_STARTS = 3
 ADOPT_TIMEOUT_S = 60.0
@@ -127,21 +130,24 @@ class Interpreter:
             processes.reap()
         raise GuestBroken("no process can be started any more")
 
-    def receive(self) -> List[Tuple[frames.Frame, CellMessage]]:
-        """What the REPL says of a cell, as it came and decoded; Ready is taken out and noted.
+    def receive(self) -> List[Tuple[frames.Frame, Optional[ReplMessage]]]:
+        """What the REPL says, as it came and decoded (None for DATA); Ready is taken out and noted.
 
         Raises: EOFError when the REPL is gone; ProtocolError if it sent anything else.
         """
         assert self.link is not None
-        checked: List[Tuple[frames.Frame, CellMessage]] = []
+        checked: List[Tuple[frames.Frame, Optional[ReplMessage]]] = []
         for frame in self.link.receive():
+            if frame.kind == frames.DATA:
+                checked.append((frame, None))
+                continue
             if frame.kind != frames.MESSAGE:
                 raise ProtocolError(f"the Python process sent a frame of kind {frame.kind}")
             message = from_guest(frame.payload)
             if isinstance(message, Ready):
                 self._failed_starts = 0
                 self.python = message.python
-            elif isinstance(message, (Result, Error, ToolCall, ToolCancel, Exit)):
+            elif isinstance(message, (Result, Error, ToolCall, ToolCancel, Exit, Ack, *ANSWERS)):
                 checked.append((frame, message))
             else:
                 raise ProtocolError(f"the Python process sent {message.op!r}")
