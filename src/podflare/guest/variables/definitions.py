@@ -20,7 +20,7 @@ import typing
 from pickle import PicklingError
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
-from podflare.guest.variables.fingerprint import is_importable
+from podflare.guest.variables.fingerprint import is_importable, is_local
 
 MODULE = "_podflare_definitions"
 """Under this name the functions that put together can be imported while a parcel is packed or unpacked."""
@@ -35,6 +35,7 @@ _CLASS_LEFT_OUT = frozenset(
         "_abc_impl",
         "__abstractmethods__",
         "__annotate_func__",
+        "__slotnames__",
     )
 )
 _ENUM_OWN = frozenset(
@@ -159,9 +160,9 @@ class TakenApart:
         return types.CellType, (), content or None, None, None, fill_cell
 
     def _class(self, value: Any) -> Reduction:
-        if value in _BUILTIN_NAMES:
-            return type, (_BUILTIN_NAMES[value],)
-        if is_importable(value):
+        if value in _NAMELESS:
+            return _NAMELESS[value]
+        if is_importable(value) or not is_local(value):
             return NotImplemented
         path = self._path_here(value)
         if path is not None:
@@ -213,7 +214,11 @@ def _dataclass_sign(value: Any) -> Reduction:
     return NotImplemented
 
 
-_BUILTIN_NAMES: Dict[Any, Any] = {type(None): None, type(NotImplemented): NotImplemented, type(...): ...}
+# Built-in types that are not where they say.
+_NAMELESS: Dict[Any, Reduction] = {
+    item: (getattr, (types, name)) for name, item in vars(types).items() if type(item) is type
+}
+_NAMELESS.update({type(one): (type, (one,)) for one in (None, NotImplemented, ...)})
 
 _WAYS: Dict[Any, Callable[[TakenApart, Any], Reduction]] = {
     types.FunctionType: TakenApart._function,

@@ -70,6 +70,7 @@ _VOLATILE = frozenset(
         "__annotate__",
         "__annotate_func__",
         "__annotations_cache__",
+        "__slotnames__",
     )
 )
 """Attributes of a class that are not its content."""
@@ -280,7 +281,7 @@ class Reader:
         return self._joined(b"D", [self._leaf(b"T", type(value).__name__.encode()), *map(self._digest, parts)])
 
     def _class(self, value: Any) -> bytes:
-        if is_importable(value):
+        if is_importable(value) or not is_local(value):
             return self._named(value)
         attributes = {name: value.__dict__[name] for name in sorted(value.__dict__) if name not in _VOLATILE}
         members = [self._digest(name) + self._attribute(attribute) for name, attribute in attributes.items()]
@@ -397,6 +398,11 @@ def is_importable(value: Any) -> bool:
     for name in path.split("."):
         found = getattr(found, name, None)
     return found is value
+
+
+def is_local(value: Any) -> bool:
+    """Whether a class says of itself that no module has it: a cell or a function defined it."""
+    return value.__module__ == "__main__" or "<locals>" in value.__qualname__
 
 
 def type_name(kind: type) -> str:
