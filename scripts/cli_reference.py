@@ -10,7 +10,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "cli.md"
-COMMANDS = ("", "run", "repl", "ls", "tree", "doctor", "serve", "gateway", "demo")
+COMMANDS = (
+    "",
+    "run",
+    "repl",
+    "ls",
+    "tree",
+    "doctor",
+    "template",
+    "template build",
+    "template ls",
+    "template show",
+    "template rm",
+    "serve",
+    "gateway",
+    "demo",
+)
 HEAD = """\
 # Command line
 

@@ -13,13 +13,14 @@ import os
 import signal
 import socket
 import stat
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import anyio
 
-from podflare.engines.base import Engine, EngineOptions, EngineReport
+from podflare.engines.base import Engine, EngineOptions, EngineReport, Limits, MachineSpec
 from podflare.errors import BadRequest
 from podflare.host import telemetry
 from podflare.host.config import Config, check_start
@@ -32,6 +33,8 @@ KEEP_ALIVE_S = 75
 """Above every client's idle expiry, so that it is the client who closes and no request meets a closing connection."""
 BACKLOG = 2048
 PROBE_TIMEOUT_S = 15.0
+TRY_TIMEOUT_S = 90.0
+"""Includes the first import of all that a template preloads."""
 
 
 def serve_forever(**given: Any) -> int:
@@ -56,7 +59,12 @@ def serve(config: Config, engine: Callable[[EngineOptions], Engine] | None = Non
     try:
         instance = open_instance(config.data_dir, reap)
         try:
-            options = EngineOptions(data_dir=str(instance.directory), instance=instance.name, require=config.require)
+            options = EngineOptions(
+                data_dir=str(instance.directory),
+                instance=instance.name,
+                require=config.require,
+                template_dir="" if config.template_dir is None else str(config.template_dir.absolute()),
+            )
             anyio.run(
                 functools.partial(_run, config, (engine or make)(options), instance, sock),
                 backend="asyncio",
@@ -83,6 +91,34 @@ async def _probe() -> list[EngineReport]:
         with anyio.fail_after(PROBE_TIMEOUT_S):
             reports.append(await make(EngineOptions(data_dir="/nonexistent", instance="probe")).probe())
     return reports
+
+
+def try_template(template_dir: Path, name: str) -> None:
+    """Start a sandbox of a built template and end it, with an engine that lives for that.
+
+    Raises: as Engine.start and Engine.create.
+    """
+    make, reap = _engine(ENGINES[0])
+    with tempfile.TemporaryDirectory(prefix="podflare-try-") as folder:
+        Path(folder).chmod(0o711)  # a machine of a root daemon enters with another id
+        instance = Path(folder).name
+        try:
+            options = EngineOptions(data_dir=folder, instance=instance, template_dir=str(template_dir))
+            anyio.run(_start_one, make(options), name)
+        finally:
+            reap(Path(folder), instance)
+
+
+async def _start_one(engine: Engine, template: str) -> None:
+    try:
+        await engine.start()
+        info = engine.describe(template)
+        limits = Limits(memory_bytes=info.ram_mib << 20, disk_bytes=info.rootfs_gb << 30, cpus=info.cpus)
+        machine = await engine.create(MachineSpec(template, limits), timeout_s=TRY_TIMEOUT_S)
+        await machine.aclose()
+    finally:
+        with anyio.CancelScope(shield=True):
+            await engine.aclose()
 
 
 def _engine(name: str) -> tuple[Callable[[EngineOptions], Engine], Callable[[Path, str], None]]:

@@ -104,6 +104,7 @@ class App:
             ("GET", f"{one}/cells/{{cell}}/output", self._output),
             ("GET", "/v1/healthz", self._healthz),
             ("GET", "/v1/capacity", self._capacity),
+            ("GET", "/v1/templates", self._templates),
             ("GET", "/openapi.json", self._openapi),
             ("GET", "/docs", self._docs),
             ("GET", "/docs/{file}", self._docs),
@@ -332,6 +333,9 @@ class App:
 
     async def _capacity(self, scope: Scope, receive: Receive, send: Send) -> None:
         await http.send_json(send, 200, self._daemon.capacity())
+
+    async def _templates(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await http.send_json(send, 200, {"templates": [info.to_json() for info in self._daemon.templates()]})
 
     async def _openapi(self, scope: Scope, receive: Receive, send: Send) -> None:
         from podflare.host import openapi

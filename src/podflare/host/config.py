@@ -38,6 +38,8 @@ class Config:
     require: tuple[Wall, ...] = ()
     """Walls without which no sandbox is handed out."""
     data_dir: Path = Path("podflare-data")
+    template_dir: Path | None = None
+    """Where `podflare template build` puts templates; None for only the one that needs no building."""
     pool_size: int = 4
     """Warm sandboxes kept ready: a burst of this many creates costs no start-up, for about 15 MB each."""
 
@@ -122,6 +124,7 @@ class Config:
         embedded = bool(given.get("embedded", False))
         found = {} if embedded else _from_variables(environ)
         found.setdefault("data_dir", default_data_dir(environ))
+        found["template_dir"] = default_template_dir(environ)
         if embedded:
             # The socket's mode is the key, and the SDK process decides how long a sandbox lives.
             found.update(lifetime_s=None, idle_s=None, pool_size=2, log_level="warning")
@@ -161,6 +164,18 @@ def default_data_dir(environ: Mapping[str, str]) -> Path:
     if home and _can_make(Path(home) / "podflare"):
         return Path(home) / "podflare"
     return Path(tempfile.gettempdir()) / f"podflare-{os.geteuid()}"
+
+
+def default_template_dir(environ: Mapping[str, str]) -> Path:
+    """Where built templates are if nobody says otherwise: the user's data directory, else one in /tmp."""
+    if environ.get("PODFLARE_TEMPLATE_DIR"):
+        return Path(environ["PODFLARE_TEMPLATE_DIR"])
+    if os.geteuid() == 0 and not environ.get("XDG_DATA_HOME"):
+        return Path("/var/lib/podflare/templates")
+    home = environ.get("XDG_DATA_HOME") or (environ["HOME"] + "/.local/share" if environ.get("HOME") else "")
+    if home and _can_make(Path(home) / "podflare"):
+        return Path(home) / "podflare" / "templates"
+    return Path(tempfile.gettempdir()) / f"podflare-{os.geteuid()}" / "templates"
 
 
 def _can_make(path: Path) -> bool:

@@ -177,7 +177,9 @@ class Daemon:
             raise NotBuilt("persistent sandboxes are not built yet; leave out persistent")
         if request.template not in self.engine.templates:
             known = ", ".join(self.engine.templates)
-            raise UnknownTemplate(f"unknown template {request.template!r}; this daemon has: {known}")
+            raise UnknownTemplate(
+                f"unknown template {request.template!r}; this daemon has: {known}; podflare template build makes others"
+            )
 
     @contextmanager
     def _start(self, count: int) -> Iterator[None]:
@@ -295,6 +297,10 @@ class Daemon:
         with anyio.move_on_after(self.config.shutdown_s, shield=True):
             await self.engine.aclose()
         await self._store.aclose()
+
+    def templates(self) -> list[TemplateInfo]:
+        """What sandboxes can start from, the default template first."""
+        return [self.engine.describe(name) for name in self.engine.templates]
 
     # Numbers.
 

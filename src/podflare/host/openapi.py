@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from podflare.errors import NotBuilt
-from podflare.wire.api import CreateRequest, Diff, ExecRequest, ForkRequest, SandboxInfo
+from podflare.wire.api import CreateRequest, Diff, ExecRequest, ForkRequest, SandboxInfo, TemplateInfo
 
 MISSING = "the API page needs more packages: pip install 'podflare[docs-page]'"
 _FILES = {
@@ -68,7 +68,7 @@ def document() -> dict[str, Any]:
         raise NotBuilt(MISSING) from exc
     schemas: dict[str, Any] = {
         shape.__name__: TypeAdapter(shape).json_schema(ref_template="#/components/schemas/{model}")
-        for shape in (CreateRequest, ExecRequest, ForkRequest, Diff, SandboxInfo)
+        for shape in (CreateRequest, ExecRequest, ForkRequest, Diff, SandboxInfo, TemplateInfo)
     }
     # Shapes within shapes: one place for all.
     for schema in list(schemas.values()):
@@ -88,10 +88,7 @@ def document() -> dict[str, Any]:
         },
     }
     schemas["Error"] = _object(error="string", code="string")
-    schemas["Sandboxes"] = {
-        "type": "object",
-        "properties": {"sandboxes": {"type": "array", "items": _ref("SandboxInfo")}},
-    }
+    schemas["Sandboxes"] = _list_of("sandboxes", "SandboxInfo")
     schemas["Event"] = {
         "type": "object",
         "required": ["type", "data", "seq", "ts"],
@@ -143,6 +140,10 @@ def _in_3_0(node: Any) -> Any:
 
 def _object(**properties: str) -> dict[str, Any]:
     return {"type": "object", "properties": {name: {"type": kind} for name, kind in properties.items()}}
+
+
+def _list_of(key: str, name: str) -> dict[str, Any]:
+    return {"type": "object", "properties": {key: {"type": "array", "items": _ref(name)}}}
 
 
 def _ref(name: str) -> dict[str, str]:
@@ -203,6 +204,12 @@ def _paths() -> dict[str, Any]:
     paths: dict[str, Any] = {
         "/v1/healthz": {"get": _operation("Alive?", gives=_content("text/plain", {"const": "ok"}))},
         "/v1/capacity": {"get": _operation("Pool and limits", gives=_content("application/json", {"type": "object"}))},
+        "/v1/templates": {
+            "get": _operation(
+                "What sandboxes can start from",
+                gives=_content("application/json", _list_of("templates", "TemplateInfo")),
+            )
+        },
         "/v1/sandboxes": {
             "post": _operation(
                 "Create a sandbox", takes=_content("application/json", _ref("CreateRequest")), gives=info
@@ -237,9 +244,7 @@ def _paths() -> dict[str, Any]:
             "get": _operation("Whole output of a cell", gives=raw, query=[("stream", False)])
         },
         "/v1/sandboxes/{id}/cells/{cell}/tool_results": {
-            "post": _operation(
-                "Answer a tool call", takes=_content("application/json", _ref("ToolAnswer")), status=204
-            )
+            "post": _operation("Answer a tool call", takes=_content("application/json", _ref("ToolAnswer")), status=204)
         },
     }
     for path, operations in paths.items():
