@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from podflare.client._types import PtySessionInfo as PtySessionInfo
     from podflare.client._types import Result as Result
     from podflare.client._types import ToolCallEvent as ToolCallEvent
+    from podflare.client._types import VariableChange as VariableChange
+    from podflare.client._types import VariablesDiff as VariablesDiff
+    from podflare.client._types import VariableState as VariableState
     from podflare.errors import BadRequest as BadRequest
     from podflare.errors import CallNotFound as CallNotFound
     from podflare.errors import CellNotFound as CellNotFound
@@ -93,6 +96,9 @@ _HOMES = {
         "PtySessionInfo",
         "Result",
         "ToolCallEvent",
+        "VariableChange",
+        "VariableState",
+        "VariablesDiff",
     ),
     "errors": (
         "BadRequest",
@@ -176,6 +182,9 @@ __all__ = [
     "Unauthorized",
     "UnknownRegionError",
     "UnknownTemplate",
+    "VariableChange",
+    "VariableState",
+    "VariablesDiff",
     "__version__",
     "close_default_client",
     "detect_local_region",

@@ -9,7 +9,19 @@ from typing import Any, TypeGuard
 from urllib.parse import quote, urlencode
 
 from podflare.client import _tools
-from podflare.client._types import INCOMPLETE, CellError, Diff, Event, ExecResult, PathChange, Result, ToolCallEvent
+from podflare.client._types import (
+    INCOMPLETE,
+    CellError,
+    Diff,
+    Event,
+    ExecResult,
+    PathChange,
+    Result,
+    ToolCallEvent,
+    VariableChange,
+    VariablesDiff,
+    VariableState,
+)
 from podflare.errors import BadRequest, ProtocolError
 from podflare.wire import events
 from podflare.wire.api import MAX_FORKS, ForkReport, SandboxInfo, SandboxUsage
@@ -176,7 +188,7 @@ def merge(parent_id: str, winner_id: str) -> Call:
     return Call("POST", _sandbox_path(parent_id, rest), "merge_into", f"{parent_id}, winner {winner_id}")
 
 
-def diff(sandbox_id: str, other_id: str, paths: Iterable[str] | None, detail: bool) -> Call:
+def diff(sandbox_id: str, other_id: str, paths: Iterable[str] | None, detail: bool, variables: bool = False) -> Call:
     """Raises: TypeError if `paths` is not a list of str; BadRequest if it is empty."""
     query: list[tuple[str, str]] = []
     if paths is not None:
@@ -188,6 +200,8 @@ def diff(sandbox_id: str, other_id: str, paths: Iterable[str] | None, detail: bo
         query += [("paths", path) for path in listed]
     if detail:
         query.append(("detail", "true"))
+    if variables:
+        query.append(("variables", "true"))
     rest = f"/diff/{quote(other_id, safe='')}"
     if query:
         rest += "?" + urlencode(query, errors="surrogateescape")
@@ -240,7 +254,29 @@ def parse_diff(call: Call, body: bytes) -> Diff:
     detail = value.get("detail")
     if isinstance(detail, dict):
         found["detail"] = {path: _path_change(entry) for path, entry in detail.items() if isinstance(entry, dict)}
+    if "variables" in value:
+        found["variables"] = _variables_diff(call, value["variables"])
     return found
+
+
+def _variables_diff(call: Call, value: Any) -> VariablesDiff:
+    parts: dict[str, Any] = {}
+    for key, keys in _VARIABLE_KEYS.items():
+        part = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(part, dict) or not all(keys <= set(one) for one in part.values() if keys):
+            raise ProtocolError(f"{call.what}: the answer tells no {key} variables")
+        parts[key] = {name: part[name] for name in sorted(part)}
+    return VariablesDiff(
+        added=parts["added"], removed=parts["removed"], changed=parts["changed"], unread=parts["unread"]
+    )
+
+
+_VARIABLE_KEYS: Mapping[str, frozenset[str]] = {
+    "added": VariableState.__required_keys__,
+    "removed": VariableState.__required_keys__,
+    "changed": VariableChange.__required_keys__,
+    "unread": frozenset(),
+}
 
 
 def _path_change(entry: Mapping[str, Any]) -> PathChange:

@@ -19,6 +19,9 @@ __all__ = [
     "PtySessionInfo",
     "Result",
     "ToolCallEvent",
+    "VariableChange",
+    "VariableState",
+    "VariablesDiff",
 ]
 
 Language = Literal["python", "bash"]
@@ -139,6 +142,37 @@ class PathChange(_ChangeKeys, total=False):
     """The change as a unified diff, for text."""
 
 
+class VariableState(TypedDict):
+    """A variable of a sandbox's Python process."""
+
+    type: str
+    size: int
+    """Bytes of content, about what a pickle of it has."""
+    fingerprint: str
+    """Hex digest of the content, the same in every branch of a fork."""
+
+
+class VariableChange(TypedDict):
+    """How one variable differs between two sandboxes."""
+
+    type_before: str
+    type_after: str
+    size_before: int
+    size_after: int
+    fingerprint_before: str
+    fingerprint_after: str
+
+
+class VariablesDiff(TypedDict):
+    """Variables that differ, by name, sorted.  `added` are those that only the other sandbox has."""
+
+    added: dict[str, VariableState]
+    removed: dict[str, VariableState]
+    changed: dict[str, VariableChange]
+    unread: dict[str, str]
+    """Those that both have and that could not be compared, and why."""
+
+
 class _DiffKeys(TypedDict):
     added: list[str]
     removed: list[str]
@@ -150,3 +184,5 @@ class Diff(_DiffKeys, total=False):
 
     detail: dict[str, PathChange]
     """By path, if it was asked for."""
+    variables: VariablesDiff
+    """If they were asked for."""

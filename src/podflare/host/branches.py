@@ -17,6 +17,7 @@ from podflare.host.lineage import Lineage, Terms, read_report
 from podflare.host.registry import Registry
 from podflare.host.sandbox import Sandbox
 from podflare.host.turns import exclusive
+from podflare.host.verdicts import differences
 from podflare.wire.api import Diff, DiffRequest, ForkRequest
 
 READY_TIMEOUT_S = 10.0
@@ -107,9 +108,18 @@ class Branches:
     async def diff(self, sandbox_id: str, other_id: str, owner: str, request: DiffRequest) -> Diff:
         """Which files the other one has otherwise, now: running cells are not waited for.
 
-        Raises: SandboxNotFound; Conflict if one became another one meanwhile; and as Machine.diff.
+        Unless variables are to be compared, too: then both are compared between two cells.
+        Raises: SandboxNotFound; Conflict if one became another one meanwhile; as Machine.diff; with variables as
+            exclusive and verdicts.differences.
         """
         pair = [await self._registry.get(one, owner) for one in (sandbox_id, other_id)]
+        if not request.variables:
+            return await self._diff_files(pair, request)
+        async with exclusive(*dict.fromkeys(pair), wait_s=MERGE_WAIT_S, what="not compared"):
+            variables = await differences(pair[0], pair[1], timeout_s=DIFF_TIMEOUT_S)
+            return replace(await self._diff_files(pair, request), variables=variables)
+
+    async def _diff_files(self, pair: list[Sandbox], request: DiffRequest) -> Diff:
         for sandbox in pair:
             sandbox.touch()
         first, second = (sandbox.machine for sandbox in pair)

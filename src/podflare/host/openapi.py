@@ -185,9 +185,9 @@ def _branch_paths() -> dict[str, Any]:
         },
         "/v1/sandboxes/{id}/diff/{other}": {
             "get": _operation(
-                "Files that differ",
+                "Files and variables that differ",
                 gives=_content("application/json", _ref("Diff")),
-                query=[("paths", False), ("detail", False)],
+                query=[("paths", False), ("detail", False), ("variables", False)],
             )
         },
     }

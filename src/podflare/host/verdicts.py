@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import anyio
 
 from podflare.host.variables import Holder, Staged, recall, remember, table_of
+from podflare.wire.api import VariableChange, VariablesDiff, VariableState
 from podflare.wire.variables import MAX_VARIABLES, Variable, VariablesBase, VariablesTable
 
 _LEAST_S = 0.05
@@ -109,13 +110,8 @@ async def compare(ours: Holder, theirs: Holder, *, timeout_s: float) -> Pair:
     Raises: as variables.table_of.
     """
     deadline_s = time.monotonic() + timeout_s
-    tables: dict[Verdict, VariablesTable] = {}
     holders = {Verdict.OURS: ours, Verdict.THEIRS: theirs}
-
-    async def survey(side: Verdict) -> None:
-        tables[side] = await table_of(holders[side], timeout_s=timeout_s)
-
-    await _at_once(survey)
+    tables = await _tables(holders, timeout_s)
     common = set(tables[Verdict.THEIRS].bases)
     token = next((one for one in reversed(tables[Verdict.OURS].bases) if one in common), None)
     if token is None:
@@ -132,6 +128,49 @@ async def compare(ours: Holder, theirs: Holder, *, timeout_s: float) -> Pair:
 
     await _at_once(remembered)
     return _joined(tables, bases)
+
+
+async def differences(ours: Holder, theirs: Holder, *, timeout_s: float) -> VariablesDiff:
+    """Which variables differ now, whoever changed them.  Precondition: a turn is held in both.
+
+    Raises: as variables.table_of.
+    """
+    tables = await _tables({Verdict.OURS: ours, Verdict.THEIRS: theirs}, timeout_s)
+    return told_differences(tables[Verdict.OURS], tables[Verdict.THEIRS])
+
+
+def told_differences(before: VariablesTable, after: VariablesTable) -> VariablesDiff:
+    """What two tables differ in."""
+    added, removed, changed, unread = {}, {}, {}, {}
+    for name in sorted(set(before.variables) | set(after.variables)):
+        old, new = before.variables.get(name), after.variables.get(name)
+        if old is None or new is None:
+            if new is not None:
+                added[name] = _state(new)
+            elif old is not None:
+                removed[name] = _state(old)
+        elif old.unread or new.unread:
+            unread[name] = old.unread or new.unread
+        elif old.fingerprint != new.fingerprint:
+            changed[name] = VariableChange(old.type, new.type, old.size, new.size, old.fingerprint, new.fingerprint)
+    return VariablesDiff(added, removed, changed, unread)
+
+
+def _state(variable: Variable) -> VariableState:
+    return VariableState(variable.type, variable.size, variable.fingerprint)
+
+
+async def _tables(holders: Mapping[Verdict, Holder], timeout_s: float) -> dict[Verdict, VariablesTable]:
+    tables: dict[Verdict, VariablesTable] = {}
+
+    async def survey(side: Verdict) -> None:
+        tables[side] = await table_of(holders[side], timeout_s=timeout_s)
+
+    if holders[Verdict.OURS] is holders[Verdict.THEIRS]:
+        await survey(Verdict.OURS)
+        return dict.fromkeys(holders, tables[Verdict.OURS])
+    await _at_once(survey)
+    return tables
 
 
 async def _at_once(work: Callable[[Verdict], Awaitable[None]]) -> None:

@@ -150,22 +150,24 @@ class DiffRequest:
     paths: Tuple[str, ...] = DIFF_PATHS
     """Absolute, without `.`, `..` and doubled slashes."""
     detail: bool = False
+    variables: bool = False
 
     @classmethod
     def from_query(cls, fields: Iterable[Tuple[str, str]]) -> "DiffRequest":
         """Raises: BadRequest that names what is wrong.  Unknown parameters are ignored (newer clients)."""
         paths = []
-        detail = "false"
+        flags = {"detail": "false", "variables": "false"}
         for name, value in fields:
             if name == "paths":
                 paths.append(_normal_path(value))
-            elif name == "detail":
-                detail = value
+            elif name in flags:
+                flags[name] = value
         if len(paths) > MAX_DIFF_PATHS:
             raise BadRequest(f"diff request: {len(paths)} paths, the cap is {MAX_DIFF_PATHS}")
-        if detail not in ("true", "false"):
-            raise BadRequest(f"diff request: 'detail' must be true or false, got {detail!r:.60}")
-        return cls(tuple(paths) or DIFF_PATHS, detail == "true")
+        for name, value in flags.items():
+            if value not in ("true", "false"):
+                raise BadRequest(f"diff request: {name!r} must be true or false, got {value!r:.60}")
+        return cls(tuple(paths) or DIFF_PATHS, flags["detail"] == "true", flags["variables"] == "true")
 
 
 def _normal_path(path: str) -> str:
@@ -198,6 +200,41 @@ class PathChange:
 
 
 @dataclass(frozen=True)
+class VariableState:
+    """A variable of a sandbox's Python process."""
+
+    type: str
+    size: int
+    """Bytes of content, about what a pickle of it has."""
+    fingerprint: str
+    """Hex digest of the content, the same in every branch of a fork."""
+
+
+@dataclass(frozen=True)
+class VariableChange:
+    """How one variable differs between two sandboxes."""
+
+    type_before: str
+    type_after: str
+    size_before: int
+    size_after: int
+    fingerprint_before: str
+    fingerprint_after: str
+
+
+@dataclass(frozen=True)
+class VariablesDiff:
+    """Which variables differ between one sandbox and another, by name, sorted."""
+
+    added: Mapping[str, VariableState]
+    """Only the other one has them."""
+    removed: Mapping[str, VariableState]
+    changed: Mapping[str, VariableChange]
+    unread: Mapping[str, str]
+    """Those that both have and that could not be compared, and why."""
+
+
+@dataclass(frozen=True)
 class Diff:
     """Which paths differ between one sandbox and another: absolute, sorted.  Answer of GET .../diff/{other}."""
 
@@ -207,6 +244,8 @@ class Diff:
     modified: Tuple[str, ...]
     detail: Optional[Mapping[str, PathChange]] = None
     """By path, if it was asked for."""
+    variables: Optional[VariablesDiff] = None
+    """If they were asked for."""
 
     def to_json(self) -> Dict[str, Any]:
         body: Dict[str, Any] = {
@@ -216,6 +255,8 @@ class Diff:
         }
         if self.detail is not None:
             body["detail"] = {path: change.to_json() for path, change in self.detail.items()}
+        if self.variables is not None:
+            body["variables"] = asdict(self.variables)
         return body
 
 

@@ -397,10 +397,16 @@ class AsyncClient(AsyncPtyCalls):
         await connection.call(call, read_timeout_s=_config.FORK_TIMEOUT_S)
 
     async def diff_sandboxes(
-        self, sandbox_id: str, other_id: str, paths: Sequence[str] | None = None, *, detail: bool = False
+        self,
+        sandbox_id: str,
+        other_id: str,
+        paths: Sequence[str] | None = None,
+        *,
+        detail: bool = False,
+        variables: bool = False,
     ) -> Diff:
         """As `AsyncSandbox.diff`."""
-        call = _calls.diff(sandbox_id, other_id, paths, detail)
+        call = _calls.diff(sandbox_id, other_id, paths, detail, variables)
         connection = await self.connection()
         return _calls.parse_diff(call, await connection.call(call, read_timeout_s=_config.FORK_TIMEOUT_S))
 

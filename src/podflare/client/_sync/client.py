@@ -396,10 +396,16 @@ class Client(PtyCalls):
         connection.call(call, read_timeout_s=_config.FORK_TIMEOUT_S)
 
     def diff_sandboxes(
-        self, sandbox_id: str, other_id: str, paths: Sequence[str] | None = None, *, detail: bool = False
+        self,
+        sandbox_id: str,
+        other_id: str,
+        paths: Sequence[str] | None = None,
+        *,
+        detail: bool = False,
+        variables: bool = False,
     ) -> Diff:
         """As `Sandbox.diff`."""
-        call = _calls.diff(sandbox_id, other_id, paths, detail)
+        call = _calls.diff(sandbox_id, other_id, paths, detail, variables)
         connection = self.connection()
         return _calls.parse_diff(call, connection.call(call, read_timeout_s=_config.FORK_TIMEOUT_S))
 

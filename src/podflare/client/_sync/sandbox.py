@@ -415,17 +415,28 @@ class Sandbox:
         winner._ending = f"was merged into {self.id} by this program"
         winner._leave_client()
 
-    def diff(self, other: Sandbox, paths: Sequence[str] | None = None, *, detail: bool = False) -> Diff:
+    def diff(
+        self,
+        other: Sandbox,
+        paths: Sequence[str] | None = None,
+        *,
+        detail: bool = False,
+        variables: bool = False,
+    ) -> Diff:
         """Which files differ in `other`: {"added": [...], "removed": [...], "modified": [...]}, sorted.
 
         Args:
             paths: directories or files to compare; None means /root and /tmp.
             detail: add "detail": for each path its kind, both sizes and, for text, the change as a unified diff.
-        Raises: SandboxNotFound if one of them is gone.
+            variables: add "variables": which variables of the Python process `other` has added, removed and changed,
+                by type, size and a fingerprint of the content.  Reading them runs the objects' own pickling code.
+        Raises: SandboxNotFound if one of them is gone.  With `variables` DeadlineExceeded if cells are running in
+            one of them for longer than 20 s, or if reading the variables takes so long; Conflict if it ends the
+            Python process.
         """
         client = self._client_for("diff")
         other._client_for("diff")
-        return client.diff_sandboxes(self.id, other.id, paths, detail=detail)
+        return client.diff_sandboxes(self.id, other.id, paths, detail=detail, variables=variables)
 
     def close(self) -> None:
         """End the sandbox.  Idempotent; one that is already gone, with its daemon or without, is closed.
