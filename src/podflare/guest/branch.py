@@ -155,6 +155,7 @@ class Newborn:
         self._random = randomness.Keep() if not reseed else None
         self._threads = _thread_names()
         self._processes = _count_children()
+        self._duplicates = inheritance.find_duplicates()
         self._shm = os.open("/dev/shm", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def forget(self) -> None:
@@ -167,7 +168,7 @@ class Newborn:
         Args:
             ours: descriptors that belong to the REPL itself and are dealt with by the caller.
         """
-        inherited = inheritance.survey(ours | {self._shm})
+        inherited = inheritance.survey(ours | {self._shm}, self._duplicates)
         for fd, kind in zip(mine.namespaces[1:], ChildFds.NAMESPACES[1:]):
             sc.setns(fd, kind)
         self._inherited = inherited

@@ -93,6 +93,42 @@ def test_a_replaced_file_keeps_its_old_content_for_who_has_it_open(parent, fork)
     assert child.run("f.seek(0); print(f.read(), open('/root/a').read())").stdout == "old new\n"
 
 
+def test_descriptors_of_one_file_stay_together(parent, fork):
+    """What shares a position, a deleted file, or a file under another name, in the parent, shares it in each branch."""
+    parent.run("""
+import os, mmap
+def made(name):
+    with open(name, 'w') as file: file.write('abcdef')
+    return os.open(name, os.O_RDWR)
+first = made('/root/dup'); second = os.dup(first); apart = os.open('/root/dup', os.O_RDWR)
+gone = made('/root/gone'); again = os.open('/root/gone', os.O_RDONLY); os.unlink('/root/gone'); os.fchmod(gone, 0o640)
+linked = made('/root/old'); os.link('/root/old', '/root/new'); os.unlink('/root/old')
+mapped = made('/root/mapped'); view = mmap.mmap(mapped, 6); os.unlink('/root/mapped')
+memory = os.memfd_create('m'); os.write(memory, b'abcdef'); memory_view = mmap.mmap(memory, 6)
+""")
+    children = fork(parent, 2)
+    for machine in (parent, *children):
+        out = machine.run("""
+os.read(first, 2); print(os.lseek(second, 0, 1), os.lseek(apart, 0, 1))
+os.write(gone, b'XX'); print(os.pread(again, 6, 0), oct(os.fstat(again).st_mode))
+try: os.write(again, b'YY')
+except OSError as exc: print(exc.errno)
+os.write(linked, b'XX'); print(open('/root/new').read())
+os.write(mapped, b'XX'); print(view[:]); memory_view[:2] = b'XX'; print(os.pread(memory, 6, 0))
+""")
+        assert out.stdout == "2 0\nb'XXcdef' 0o100640\n9\nXXcdef\nb'XXcdef'\nb'XXcdef'\n", out
+
+
+def test_a_copy_that_lost_its_names_is_told(parent, fork):
+    """An open file whose remaining name lies elsewhere is a copy in the child, which says so."""
+    parent.run(
+        "import os\nf = open('/root/a', 'w+'); f.write('x'); f.flush(); os.mkdir('/root/d'); os.link('/root/a', '/root/d/b'); os.unlink('/root/a')"
+    )
+    (child,) = fork(parent)
+    out = child.run("f.seek(0); print(f.read())")
+    assert out.stdout == "x\n" and "does not reach its other names" in out.stderr
+
+
 def test_sqlite_connections_work_on(parent, fork):
     """An open database connection, with a transaction behind it, reads and writes in each branch by itself."""
     parent.run(
