@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from podflare.wire.api import Diff, TemplateInfo
+from podflare.wire.merges import MergeSide
 
 Wall = Literal[
     "user_namespace",
@@ -42,7 +43,6 @@ class Limits:
     disk_bytes: int
     max_processes: int = 512
     cpu_weight: int = 100
-
     cpus: float | None = None
     """Processor time it may take in any stretch of time, in processors; None for all that nobody else wants."""
 
@@ -108,26 +108,20 @@ class Death:
 
 
 @dataclass(frozen=True)
-class Side:
-    """What one machine has at a path."""
-
-    type: str
-    size: int | None = None
-
-
-@dataclass(frozen=True)
 class FileConflict:
     """A path that both machines changed since they were one, and not alike."""
 
     path: str
     why: str
-    ours: Side | None
+    ours: MergeSide | None
     """None: nothing is there."""
-    theirs: Side | None
+    theirs: MergeSide | None
     version: str
     """Of what both sides have: another one, another conflict."""
     paths: tuple[str, ...]
     """All that change with it if theirs is taken: of a directory what is in it, too."""
+    paths_if_ours: tuple[str, ...] = ()
+    """Likewise if ours is: a text of which only some lines are in conflict changes in any case."""
 
 
 @dataclass(frozen=True)
@@ -220,8 +214,8 @@ class Machine(Protocol):
         Precondition: no cell runs in either.  Other running code may write on.
         Args:
             paths: as in `diff`.
-        Raises: NotBuilt if the engine cannot merge; Conflict if it is not known what both were; TooLarge, MachineFailed,
-            DeadlineExceeded.
+        Raises: NotBuilt if the engine cannot merge; Conflict if it is not known what both were; TooLarge;
+            MachineFailed; DeadlineExceeded.
         """
 
     async def wait_dead(self) -> Death:

@@ -34,6 +34,7 @@ from podflare.wire.api import (
     error_body,
 )
 from podflare.wire.events import STDERR, STDOUT
+from podflare.wire.merges import MergeRequest
 
 NDJSON = b"application/x-ndjson"
 BYTES = b"application/octet-stream"
@@ -95,6 +96,7 @@ class App:
             ("DELETE", one, self._delete),
             ("POST", f"{one}/fork", self._fork),
             ("POST", f"{one}/merge_into/{{winner}}", self._merge),
+            ("POST", f"{one}/merge/{{other}}", self._merge_changes),
             ("GET", f"{one}/diff/{{other}}", self._diff),
             ("POST", f"{one}/interrupt", self._interrupt),
             ("POST", f"{one}/cells/{{cell}}/tool_results", self._answer_tool_call),
@@ -250,6 +252,13 @@ class App:
         names = scope["path_params"]
         await while_connected(receive, self._daemon.branches.merge(names["id"], names["winner"], scope["owner"]))
         await http.send_nothing(send)
+
+    async def _merge_changes(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = MergeRequest.from_json(await self._object(scope, receive, "merge request"))
+        names = scope["path_params"]
+        merging = self._daemon.branches.merge_changes(names["id"], names["other"], scope["owner"], request)
+        report = await while_connected(receive, merging)
+        await http.send_json(send, 200, report.to_json())
 
     async def _diff(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = DiffRequest.from_query(http.query_fields(scope))

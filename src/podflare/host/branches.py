@@ -14,11 +14,13 @@ from podflare.errors import BadRequest, Conflict, MachineFailed
 from podflare.host import telemetry
 from podflare.host.guest_link import GuestLink
 from podflare.host.lineage import Lineage, Terms, read_report
+from podflare.host.merging import Deadline, merge_changes
 from podflare.host.registry import Registry
 from podflare.host.sandbox import Sandbox
 from podflare.host.turns import exclusive
 from podflare.host.verdicts import differences
 from podflare.wire.api import Diff, DiffRequest, ForkRequest
+from podflare.wire.merges import MergeReport, MergeRequest
 
 READY_TIMEOUT_S = 10.0
 MERGE_WAIT_S = 20.0
@@ -90,12 +92,7 @@ class Branches:
             DeadlineExceeded if cells run too long.  Then nothing has changed.
         If cancelled: it is done, or nothing has changed.
         """
-        if sandbox_id == winner_id:
-            raise BadRequest(f"{sandbox_id[:64]} cannot be merged into itself")
-        parent = await self._registry.get(sandbox_id, owner)
-        winner = await self._registry.get(winner_id, owner)
-        if parent.engine != winner.engine:
-            raise Conflict(f"{winner.id} runs on the engine {winner.engine}, {parent.id} on {parent.engine}")
+        parent, winner = await self._mergeable(sandbox_id, winner_id, owner)
         async with exclusive(parent, winner, wait_s=MERGE_WAIT_S, what="not merged"):
             parent.check_alive()
             winner.check_alive()
@@ -104,6 +101,43 @@ class Branches:
         telemetry.event("merged", sandbox=parent.id, winner=winner.id, machine=parent.machine.id)
         with anyio.move_on_after(RELEASE_WAIT_S):
             await released.wait()
+
+    async def _mergeable(self, sandbox_id: str, other_id: str, owner: str) -> tuple[Sandbox, Sandbox]:
+        """Raises: BadRequest if they are one; SandboxNotFound; Conflict if their engines differ."""
+        if sandbox_id == other_id:
+            raise BadRequest(f"{sandbox_id[:64]} cannot be merged into itself")
+        one = await self._registry.get(sandbox_id, owner)
+        other = await self._registry.get(other_id, owner)
+        if one.engine != other.engine:
+            raise Conflict(f"{other.id} runs on the engine {other.engine}, {one.id} on {one.engine}")
+        return one, other
+
+    async def merge_changes(self, sandbox_id: str, other_id: str, owner: str, request: MergeRequest) -> MergeReport:
+        """Bring into the first what the other changed since both were one.  Waits for running cells of both.
+
+        Both live on, and the other is as it was.  With unresolved conflicts nothing changes (`applied`).
+        Raises: as _mergeable, exclusive and merging.merge_changes.  Then nothing has changed, or the message says more.
+        If cancelled: it is done, or nothing has changed.
+        """
+        start = time.monotonic()
+        deadline = Deadline(request.timeout_seconds)
+        ours, theirs = await self._mergeable(sandbox_id, other_id, owner)
+        async with exclusive(ours, theirs, wait_s=request.timeout_seconds, what="not merged"):
+            ours.check_alive()
+            theirs.check_alive()
+            turn = time.monotonic()
+            report = await merge_changes(ours, theirs, request, deadline)
+        telemetry.event(
+            "changes merged" if report.applied else "changes in conflict",
+            sandbox=ours.id,
+            other=theirs.id,
+            files=len(report.files),
+            variables=len(report.variables),
+            conflicts=len(report.conflicts),
+            waited_ms=_ms(turn - start),
+            ms=_ms(time.monotonic() - turn),
+        )
+        return report
 
     async def diff(self, sandbox_id: str, other_id: str, owner: str, request: DiffRequest) -> Diff:
         """Which files the other one has otherwise, now: running cells are not waited for.

@@ -159,7 +159,7 @@ class DiffRequest:
         flags = {"detail": "false", "variables": "false"}
         for name, value in fields:
             if name == "paths":
-                paths.append(_normal_path(value))
+                paths.append(normal_path(value, "diff request: each of 'paths'"))
             elif name in flags:
                 flags[name] = value
         if len(paths) > MAX_DIFF_PATHS:
@@ -170,12 +170,10 @@ class DiffRequest:
         return cls(tuple(paths) or DIFF_PATHS, flags["detail"] == "true", flags["variables"] == "true")
 
 
-def _normal_path(path: str) -> str:
+def normal_path(path: str, what: str) -> str:
+    """The path without `.`, `..` and doubled slashes.  Raises: BadRequest that begins with `what`."""
     if not path.startswith("/") or "\0" in path or len(path) > MAX_PATH_CHARS:
-        raise BadRequest(
-            f"diff request: each of 'paths' must be an absolute path of at most {MAX_PATH_CHARS} characters, "
-            f"got {path!r:.60}"
-        )
+        raise BadRequest(f"{what} must be an absolute path of at most {MAX_PATH_CHARS} characters, got {path!r:.60}")
     # normpath keeps two leading slashes, as POSIX allows.
     return "/" + posixpath.normpath(path).lstrip("/")
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import anyio
 
-from podflare.engines.base import FileConflict, FilesPlan, Side
+from podflare.engines.base import FileConflict, FilesPlan
 from podflare.engines.process.ancestry import Fork, History, common_base, lengthened
 from podflare.engines.process.birth import Nursery, make_directory
 from podflare.engines.process.disk import disk_usage
@@ -23,6 +23,7 @@ from podflare.engines.process.layers import Layers
 from podflare.engines.process.machine import ProcessMachine
 from podflare.engines.process.waiting import wait_readable
 from podflare.errors import Conflict, DeadlineExceeded, MachineFailed, PodflareError, TooLarge
+from podflare.wire.merges import MergeSide
 
 MAX_ORDER_BYTES = 128 * 1024
 """Of an order as JSON: it is one packet."""
@@ -267,8 +268,10 @@ def _failure(text: str, kind: str) -> PodflareError:
 
 
 def _conflict(body: dict[str, Any]) -> FileConflict:
-    ours, theirs = (None if body[key] is None else Side(**body[key]) for key in ("ours", "theirs"))
-    return FileConflict(body["name"], body["why"], ours, theirs, body["version"], tuple(body["paths"]))
+    ours, theirs = (None if body[key] is None else MergeSide(**body[key]) for key in ("ours", "theirs"))
+    return FileConflict(
+        body["name"], body["why"], ours, theirs, body["version"], tuple(body["paths"]), tuple(body["if_ours"])
+    )
 
 
 def _read(fd: int) -> dict[str, Any]:

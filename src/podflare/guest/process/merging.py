@@ -123,6 +123,7 @@ class _Merge:
                 {
                     "name": unit.path,
                     "paths": unit.paths,
+                    "if_ours": unit.paths if unit.if_ours is not None else [],
                     "why": unit.why,
                     "ours": unit.sides[0],
                     "theirs": unit.sides[1],
