@@ -24,6 +24,7 @@ from podflare.errors import (
     ConnectionLost,
     DaemonUnreachable,
     PodflareError,
+    TooLarge,
 )
 from podflare.wire.api import SandboxInfo
 
@@ -299,7 +300,6 @@ class AsyncClient(AsyncPtyCalls):
         error: Exception | None = None
         try:
             result = await outcome_async(_tools.invoke, tools[event.name], event.input)
-            call = _calls.answer_tool_call(sandbox_id, cell_id, call_id, result, None)
         except Exception as exc:  # noqa: BLE001  # whatever the function raises belongs to the code that called it
             error = exc
         try:
@@ -363,9 +363,22 @@ class AsyncClient(AsyncPtyCalls):
         finally:
             opened.close()
 
-    async def download(self, sandbox_id: str, remote_path: str) -> bytes:
-        """The content of a file.  Raises: OSError (FileMissing, FileAccessError, ...)."""
-        return await self._call(_calls.download(sandbox_id, remote_path))
+    async def download(self, sandbox_id: str, remote_path: str, *, max_bytes: int | None = None) -> bytes:
+        """The content of a file.
+
+        Raises: OSError (FileMissing, FileAccessError, ...); TooLarge above max_bytes.
+        """
+        call = _calls.download(sandbox_id, remote_path)
+        if max_bytes is None:
+            return await self._call(call)
+        connection = await self.connection()
+        content = bytearray()
+        async with contextlib.aclosing(connection.stream(call)) as pieces:
+            async for piece in pieces:
+                content += piece
+                if len(content) > max_bytes:
+                    raise TooLarge(f"download: {remote_path!r:.200} has more than {max_bytes} bytes")
+        return bytes(content)
 
     async def download_file(self, sandbox_id: str, remote_path: str, local_path: LocalPath) -> int:
         """Write a file's content to `local_path`, whole or not at all, in constant memory; its size."""

@@ -356,9 +356,14 @@ class AsyncSandbox:
         """Put a local file under a path in the sandbox, in constant memory.  Raises: OSError."""
         await self._client_for("upload").upload(self.id, local_path, remote_path)
 
-    async def download(self, remote_path: str) -> bytes:
-        """The content of a file in the sandbox.  Raises: OSError (FileMissing, FileAccessError)."""
-        return await self._client_for("download").download(self.id, remote_path)
+    async def download(self, remote_path: str, *, max_bytes: int | None = None) -> bytes:
+        """The content of a file in the sandbox.
+
+        Args:
+            max_bytes: refuse a larger one, as it is the sandbox that says how much comes.
+        Raises: OSError (FileMissing, FileAccessError); TooLarge above max_bytes.
+        """
+        return await self._client_for("download").download(self.id, remote_path, max_bytes=max_bytes)
 
     async def download_file(self, remote_path: str, local_path: LocalPath) -> int:
         """Write a sandbox's file to `local_path`, whole or not at all, in constant memory; its size.

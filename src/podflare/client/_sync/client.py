@@ -25,6 +25,7 @@ from podflare.errors import (
     ConnectionLost,
     DaemonUnreachable,
     PodflareError,
+    TooLarge,
 )
 from podflare.wire.api import SandboxInfo
 
@@ -299,7 +300,6 @@ class Client(PtyCalls):
         error: Exception | None = None
         try:
             result = outcome_sync(_tools.invoke, tools[event.name], event.input)
-            call = _calls.answer_tool_call(sandbox_id, cell_id, call_id, result, None)
         except Exception as exc:  # noqa: BLE001  # whatever the function raises belongs to the code that called it
             error = exc
         try:
@@ -362,9 +362,22 @@ class Client(PtyCalls):
         finally:
             opened.close()
 
-    def download(self, sandbox_id: str, remote_path: str) -> bytes:
-        """The content of a file.  Raises: OSError (FileMissing, FileAccessError, ...)."""
-        return self._call(_calls.download(sandbox_id, remote_path))
+    def download(self, sandbox_id: str, remote_path: str, *, max_bytes: int | None = None) -> bytes:
+        """The content of a file.
+
+        Raises: OSError (FileMissing, FileAccessError, ...); TooLarge above max_bytes.
+        """
+        call = _calls.download(sandbox_id, remote_path)
+        if max_bytes is None:
+            return self._call(call)
+        connection = self.connection()
+        content = bytearray()
+        with contextlib.closing(connection.stream(call)) as pieces:
+            for piece in pieces:
+                content += piece
+                if len(content) > max_bytes:
+                    raise TooLarge(f"download: {remote_path!r:.200} has more than {max_bytes} bytes")
+        return bytes(content)
 
     def download_file(self, sandbox_id: str, remote_path: str, local_path: LocalPath) -> int:
         """Write a file's content to `local_path`, whole or not at all, in constant memory; its size."""

@@ -1,146 +1,197 @@
-"""Claude runs code in a podflare sandbox: the tool definition and the answer to its tool calls.
+"""Claude's calls of client tools, carried out in a podflare sandbox: `tool_use` blocks in, `tool_result` blocks out.
 
-Works on the wire shapes of the Messages API (dicts, or the objects of any version of the `anthropic`
-package, which is not imported).  Needs only an object with `run_code`.
+Works on the wire shapes of the Messages API (dicts, or the objects of any version of the `anthropic` package, which is
+not imported).
 
-    tools = [code_execution_tool()]
+    tools = [code_execution_tool(), bash_tool(), text_editor_tool()]
     ...
-    results = [handle_code_execution_tool_use(block, sandbox) for block in message.content if block.type == "tool_use"]
-    messages.append({"role": "user", "content": results})
+    while message.stop_reason == "tool_use":
+        messages += [{"role": "assistant", "content": message.content}, run_tool_uses(message, sandbox)]
+        ...
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from podflare.errors import BadRequest
+from podflare.integrations.anthropic import blocks, definitions
+from podflare.integrations.anthropic.blocks import MAX_TEXT_CHARS, cell_result, field, text_input
+from podflare.integrations.anthropic.editor import Editor
+from podflare.integrations.anthropic.shell import DEFAULT_TIMEOUT_S, shell_steps
+from podflare.integrations.anthropic.steps import Steps, carry_out, carry_out_async
 
 if TYPE_CHECKING:
-    from podflare import AsyncSandbox, ExecResult, Sandbox
+    from podflare import AsyncSandbox, Sandbox
 
-DEFAULT_NAME = "code_execution"
-
-_DESCRIPTION = (
-    "Runs Python code in an isolated Linux sandbox and returns what it printed to stdout and stderr, and its exit "
-    "code. The code runs in one long-lived interpreter: variables, imports, functions, open files and the working "
-    "directory stay from one call to the next, so build on earlier calls instead of repeating them. Only what is "
-    "printed comes back: use print() for every value that you want to see, the value of a last expression is not "
-    "shown. An exception ends the call with a traceback on stderr and a non-zero exit code, and leaves the state that "
-    "was reached, so you can correct the code and go on. Files that you write stay in the sandbox, and shell commands "
-    "can be run with the subprocess module. input() finds the end of its file at once, so never wait for a person."
-)
+DEFAULT_NAME = definitions.CODE_EXECUTION
 
 
-def code_execution_tool(name: str = DEFAULT_NAME) -> dict[str, Any]:
-    """The client tool definition that makes Claude answer with `tool_use` blocks of this name.
+@dataclass(frozen=True)
+class ToolOptions:
+    """How calls are carried out; see `handle_code_execution_tool_use`."""
 
-    Pass the same name to the handler.
-    Raises: ValueError for a name that the Messages API refuses.
-    """
-    if not 1 <= len(name) <= 64 or not all(char.isascii() and (char.isalnum() or char in "_-") for char in name):
-        raise BadRequest(f"a tool name has 1 to 64 letters, digits, _ or -, got {name!r:.80}")
-    code = {"type": "string", "description": "Python source code. Print what you want to see."}
-    return {
-        "name": name,
-        "description": _DESCRIPTION,
-        "input_schema": {"type": "object", "properties": {"code": code}, "required": ["code"]},
-    }
+    name: str = DEFAULT_NAME
+    rich: bool = False
+    timeout: float | None = None
+    max_characters: int | None = None
+
+    def __post_init__(self) -> None:
+        limit = self.max_characters
+        if limit is not None and (type(limit) is not int or limit < 1):
+            raise BadRequest(f"max_characters must be a positive integer, got {limit!r:.80}")
 
 
 def handle_code_execution_tool_use(
-    tool_use_block: Any, sandbox: Sandbox, *, name: str = DEFAULT_NAME, rich: bool = False
+    tool_use_block: Any,
+    sandbox: Sandbox,
+    *,
+    name: str = DEFAULT_NAME,
+    rich: bool = False,
+    timeout: float | None = None,
+    max_characters: int | None = None,
 ) -> dict[str, Any]:
-    """Run the code of a `tool_use` block; the `tool_result` block to send back.  Never raises an Exception.
+    """Carry out a `tool_use` block; the `tool_result` block to send back.  Never raises an Exception for a block.
 
-    Its text is `stdout:`, `stderr:` and `exit_code:`; `is_error` tells an exit code other than 0.  A block that
-    is none of ours, and a sandbox that fails, give a `tool_result` with `is_error` and a text that says what is
-    wrong, so that the conversation can go on; a block without an id gives one with `tool_use_id` "".
+    Takes every tool of `definitions`, by name.  The text of `code_execution` and `bash_code_execution` is `stdout:`,
+    `stderr:` and `exit_code:`, that of `bash` what the command printed; `is_error` tells an exit code other than 0.  A
+    block that is none of ours, and a sandbox that fails, give a `tool_result` with `is_error` and a text that says what
+    is wrong, so that the conversation can go on; a block without an id gives one with `tool_use_id` "".
 
     Args:
-        tool_use_block: dict or SDK object with `id` and `input.code`.
+        tool_use_block: dict or SDK object with `id`, `name` and `input`.
         sandbox: where to run it.
-        name: the tool name that was declared.
-        rich: add what the cell displayed: the text of values, and images as image blocks.
+        name: the name under which `code_execution_tool` was declared.
+        rich: for Python code: add what the cell displayed, images as image blocks, and keep only head and tail of
+            very long outputs, saying how much was left out, as the other tools always do.
+        timeout: seconds for one call; None means no limit for code, 120 for shell commands.
+        max_characters: what `view` shows of a file at most; None means 50,000.
+    Raises: BadRequest for a max_characters that is none.
     """
-    try:
-        code = _code_of(tool_use_block, name)
-        return _answer(tool_use_block, sandbox.run_code(code), rich)
-    except Exception as exc:  # noqa: BLE001  # every tool_use needs a tool_result, or the API refuses the next turn
-        return _refusal(tool_use_block, exc)
+    options = ToolOptions(name, rich, timeout, max_characters)
+    return carry_out(_answer(tool_use_block, options), sandbox)
 
 
 async def handle_code_execution_tool_use_async(
-    tool_use_block: Any, sandbox: AsyncSandbox, *, name: str = DEFAULT_NAME, rich: bool = False
+    tool_use_block: Any,
+    sandbox: AsyncSandbox,
+    *,
+    name: str = DEFAULT_NAME,
+    rich: bool = False,
+    timeout: float | None = None,
+    max_characters: int | None = None,
 ) -> dict[str, Any]:
     """As `handle_code_execution_tool_use`, for an AsyncSandbox."""
+    options = ToolOptions(name, rich, timeout, max_characters)
+    return await carry_out_async(_answer(tool_use_block, options), sandbox)
+
+
+def run_tool_uses(
+    response: Any,
+    sandbox: Sandbox,
+    *,
+    name: str = DEFAULT_NAME,
+    rich: bool = False,
+    timeout: float | None = None,
+    max_characters: int | None = None,
+) -> dict[str, Any]:
+    """Answer all `tool_use` blocks of a message, one after the other in order: the user message to send back.
+
+    Args: as `handle_code_execution_tool_use`; `response` is a message, or its content.
+    Raises: BadRequest if there is no `tool_use` block.
+    """
+    options = ToolOptions(name, rich, timeout, max_characters)
+    return carry_out(_answer_all(response, options), sandbox)
+
+
+async def run_tool_uses_async(
+    response: Any,
+    sandbox: AsyncSandbox,
+    *,
+    name: str = DEFAULT_NAME,
+    rich: bool = False,
+    timeout: float | None = None,
+    max_characters: int | None = None,
+) -> dict[str, Any]:
+    """As `run_tool_uses`, for an AsyncSandbox."""
+    options = ToolOptions(name, rich, timeout, max_characters)
+    return await carry_out_async(_answer_all(response, options), sandbox)
+
+
+def _answer_all(response: Any, options: ToolOptions) -> Steps[dict[str, Any]]:
+    content = response if isinstance(response, (list, tuple)) else field(response, "content")
+    found = [block for block in content or () if field(block, "type") == "tool_use"]
+    if not found:
+        raise BadRequest("the message has no tool_use block")
+    results = []
+    for block in found:
+        results.append((yield from _answer(block, options)))
+    return {"role": "user", "content": results}
+
+
+def _answer(block: Any, options: ToolOptions) -> Steps[dict[str, Any]]:
     try:
-        code = _code_of(tool_use_block, name)
-        return _answer(tool_use_block, await sandbox.run_code(code), rich)
-    except Exception as exc:  # noqa: BLE001  # as above
-        return _refusal(tool_use_block, exc)
+        return (yield from call_steps(block, options))
+    except Exception as exc:  # noqa: BLE001  # every tool_use needs a tool_result, or the API refuses the next turn
+        return blocks.refusal(block, exc)
 
 
-def _field(block: Any, key: str) -> Any:
-    """A field of a dict or of an SDK object; None if it has none."""
-    return block.get(key) if isinstance(block, Mapping) else getattr(block, key, None)
-
-
-def _code_of(block: Any, name: str) -> str:
-    """Raises: BadRequest that tells the model what is wrong with its call."""
-    kind = _field(block, "type")
+def call_steps(block: Any, options: ToolOptions) -> Steps[dict[str, Any]]:
+    """Carry out one block.  Raises: BadRequest that tells the model what is wrong; what the sandbox raises."""
+    kind = field(block, "type")
     if kind is not None and kind != "tool_use":
         raise BadRequest(f"expected a tool_use block, got one of type {kind!r:.80}")
-    if not _id_of(block):
+    if not blocks.id_of(block):
         raise BadRequest("the tool_use block has no id")
-    called = _field(block, "name")
-    if called is not None and called != name:
-        raise BadRequest(f"there is no tool {called!r:.80} here, only {name!r}")
-    arguments = _field(block, "input")
+    called = field(block, "name")
+    arguments = field(block, "input")
+    known = called is None or called == options.name or called in _TOOLS
+    if not known:
+        raise BadRequest(f"there is no tool {called!r:.80} here, only {options.name!r}")
     if arguments is None:
         raise BadRequest("the tool_use block has no input")
-    code = _field(arguments, "code")
-    if not isinstance(code, str):
-        found = "nothing" if code is None else type(code).__name__
-        raise BadRequest(f"input.code must be a string of Python code, got {found}")
-    return code
+    if called is None or called == options.name:
+        return (yield from _run_code(block, arguments, options))
+    return (yield from _TOOLS[called](block, arguments, options))
 
 
-def _id_of(block: Any) -> str:
-    try:
-        value = _field(block, "id")
-    except Exception:  # noqa: BLE001  # an object whose attributes raise has no id that we could name
-        return ""
-    return value if isinstance(value, str) else ""
+def _run_code(block: Any, arguments: Any, options: ToolOptions) -> Steps[dict[str, Any]]:
+    code = text_input(arguments, "code", what="a string of Python code")
+    limit = {} if options.timeout is None else {"timeout": options.timeout}
+    result = yield lambda sandbox: sandbox.run_code(code, **limit)
+    return cell_result(block, result, cut=options.rich, rich=options.rich)
 
 
-def _answer(block: Any, result: ExecResult, rich: bool) -> dict[str, Any]:
-    text = f"stdout:\n{result.stdout}\nstderr:\n{result.stderr}\nexit_code: {result.exit_code}"
-    content: list[dict[str, Any]] = [{"type": "text", "text": text}]
-    if rich:
-        content += _rich_content(result)
-    return _tool_result(block, content, is_error=result.exit_code != 0)
+def _run_bash(block: Any, arguments: Any, options: ToolOptions) -> Steps[dict[str, Any]]:
+    command = text_input(arguments, "command", what="a string with a shell script")
+    if "\0" in command:
+        raise BadRequest("input.command must not contain NUL")
+    limit = DEFAULT_TIMEOUT_S if options.timeout is None else options.timeout
+    result = yield lambda sandbox: sandbox.run_code(command, "bash", timeout=limit)
+    return cell_result(block, result, cut=True, rich=False)
 
 
-def _rich_content(result: ExecResult) -> list[dict[str, Any]]:
-    """Blocks for what the cell showed besides its output."""
-    blocks: list[dict[str, Any]] = []
-    for shown in result.results:
-        for mime in ("image/png", "image/jpeg"):
-            if isinstance(data := shown.data.get(mime), str):
-                source = {"type": "base64", "media_type": mime, "data": data}
-                blocks.append({"type": "image", "source": source})
-                break
-        else:
-            if shown.text:
-                blocks.append({"type": "text", "text": f"{shown.kind}:\n{shown.text}"})
-    return blocks
+def _go_on_in_shell(block: Any, arguments: Any, options: ToolOptions) -> Steps[dict[str, Any]]:
+    text, failed = yield from shell_steps(arguments, options.timeout)
+    return blocks.text_result(block, text, is_error=failed)
 
 
-def _refusal(block: Any, exc: Exception) -> dict[str, Any]:
-    text = f"error: {exc}" if str(exc) else f"error: {type(exc).__name__}"
-    return _tool_result(block, [{"type": "text", "text": text}], is_error=True)
+def _edit(block: Any, arguments: Any, options: ToolOptions) -> Steps[dict[str, Any]]:
+    limit = MAX_TEXT_CHARS if options.max_characters is None else options.max_characters
+    editor = Editor(("view", "create", "str_replace", "insert"), numbered=True, max_characters=limit)
+    return blocks.text_result(block, (yield from editor.steps(arguments)))
 
 
-def _tool_result(block: Any, content: list[dict[str, Any]], *, is_error: bool) -> dict[str, Any]:
-    return {"type": "tool_result", "tool_use_id": _id_of(block), "content": content, "is_error": is_error}
+def _edit_as_hosted(block: Any, arguments: Any, options: ToolOptions) -> Steps[dict[str, Any]]:
+    editor = Editor(("view", "create", "str_replace"), numbered=False)
+    return blocks.text_result(block, (yield from editor.steps(arguments)))
+
+
+_TOOLS = {
+    definitions.BASH_CODE_EXECUTION: _run_bash,
+    definitions.TEXT_EDITOR_CODE_EXECUTION: _edit_as_hosted,
+    definitions.BASH: _go_on_in_shell,
+    definitions.TEXT_EDITOR: _edit,
+}
+"""How the tools with a fixed name are carried out."""
