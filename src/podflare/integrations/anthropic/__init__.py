@@ -1,6 +1,6 @@
 """Programs that use Claude run its code in podflare sandboxes.  The `anthropic` package itself is not imported here.
 
-What needs that package (`AsyncBashTool`, ...) is loaded on first use.
+What needs that package (`AsyncBashTool`, `LocalCodeExecution`, ...) is loaded on first use.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from podflare.integrations.anthropic.definitions import (
 )
 
 if TYPE_CHECKING:
+    from podflare.integrations.anthropic.middleware import AsyncLocalCodeExecution, LocalCodeExecution
     from podflare.integrations.anthropic.runner_tools import (
         AsyncBashTool,
         AsyncCodeExecutionTool,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         TextEditorTool,
     )
 
+_MIDDLEWARE = ("AsyncLocalCodeExecution", "LocalCodeExecution")
 _RUNNER_TOOLS = (
     "AsyncBashTool",
     "AsyncCodeExecutionTool",
@@ -53,11 +55,13 @@ __all__ = [
     "AsyncBashTool",
     "AsyncBranches",
     "AsyncCodeExecutionTool",
+    "AsyncLocalCodeExecution",
     "AsyncTextEditorTool",
     "BashTool",
     "Branch",
     "Branches",
     "CodeExecutionTool",
+    "LocalCodeExecution",
     "TextEditorTool",
     "bash_code_execution_tool",
     "bash_tool",
@@ -76,6 +80,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MIDDLEWARE:
+        from podflare.integrations.anthropic import middleware
+
+        return getattr(middleware, name)
     if name not in _RUNNER_TOOLS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from podflare.integrations.anthropic import runner_tools

@@ -6,7 +6,6 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ from anyio.abc import TaskGroup
 
 from podflare.errors import BadRequest, Conflict, PodflareError, SandboxNotFound
 from podflare.integrations.anthropic.containers.container import Container
+from podflare.integrations.anthropic.containers.descriptions import moment
 from podflare.integrations.anthropic.containers.files import FileStore
 from podflare.integrations.anthropic.containers.index import ContainerRow, Index
 
@@ -156,8 +156,7 @@ class Containers:
 
     def described(self, container: Container) -> dict[str, object]:
         """The `container` object of an answer."""
-        moment = datetime.fromtimestamp(container.expires_at, timezone.utc)
-        return {"id": container.id, "expires_at": moment.isoformat().replace("+00:00", "Z"), "skills": None}
+        return {"id": container.id, "expires_at": moment(container.expires_at), "skills": None}
 
     async def _drop_expired(self) -> None:
         now = self._now()

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import AsyncIterator
+from typing import Any
 
 import anyio
+import httpx
 
 from podflare.errors import BadRequest
 from podflare.integrations.anthropic.containers.lease import Lease
 from podflare.integrations.anthropic.containers.registry import Containers
 from podflare.integrations.anthropic.gateway.exchange import Exchange, beside
-from podflare.integrations.anthropic.gateway.upstream import Answer, EventStream, Headers, Upstream, passed_down
-from podflare.integrations.anthropic.hosted import request
-from podflare.integrations.anthropic.hosted.rounds import Ask, Run, Turn
-from podflare.integrations.anthropic.hosted.stream import PING, Event, encode
+from podflare.integrations.anthropic.gateway.upstream import Headers, Upstream, encoded, passed_down, whole
+from podflare.integrations.anthropic.hosted import course, request
+from podflare.integrations.anthropic.hosted.blocks import Block, Call
+from podflare.integrations.anthropic.hosted.rounds import Paused, Turn
+from podflare.integrations.anthropic.hosted.stream import PING, encode
 
 _EVENT_STREAM = "text/event-stream; charset=utf-8"
 
@@ -35,8 +38,9 @@ async def create_message(exchange: Exchange, upstream: Upstream, containers: Con
         lease, files = await Lease.begin(containers, exchange.owner, parsed)
         try:
             turn = Turn(parsed, files, f"msg_local_{secrets.token_hex(12)}")
-            course = _Course(exchange, upstream, turn, lease)
-            await (course.streamed() if parsed.streaming else course.in_one_piece())
+            begin = course.streamed if parsed.streaming else course.in_one_piece
+            shell = _Shell(exchange, upstream, lease, streaming=parsed.streaming)
+            await shell.follow(begin(turn, lease.described))
         finally:
             lease.end()
 
@@ -56,9 +60,8 @@ async def count_tokens(exchange: Exchange, upstream: Upstream, containers: Conta
         parsed = request.parse(body)
         lease, files = await Lease.begin(containers, exchange.owner, parsed)
         lease.end()
-        rewritten = _answered(parsed).upstream_body([], files, relaxed=False)
-        answer = await upstream.ask(exchange.path, upstream.headers(exchange.headers), rewritten)
-        await exchange.whole(answer.status, answer.headers, answer.body)
+        rewritten = encoded(_answered(parsed).upstream_body([], files, relaxed=False))
+        await pass_through(exchange, upstream, rewritten)
 
 
 def _answered(parsed: request.HostedRequest) -> request.HostedRequest:
@@ -71,94 +74,114 @@ def _answered(parsed: request.HostedRequest) -> request.HostedRequest:
 async def pass_through(exchange: Exchange, upstream: Upstream, content: bytes | None) -> None:
     """Ask the model's API the very same, and give back the very answer."""
     headers = upstream.headers(exchange.headers)
-    async with upstream.open(exchange.scope["method"], exchange.path, headers, content) as response:
+    response = await upstream.send(exchange.scope["method"], exchange.path, headers, content)
+    try:
         await exchange.start(response.status_code, passed_down(response.headers))
         async for data in response.aiter_bytes():
             await exchange.piece(data)
         await exchange.piece(b"", more=False)
+    finally:
+        with anyio.CancelScope(shield=True):
+            await response.aclose()
 
 
-class _Course:
-    """Drives one turn."""
+class _Shell:
+    """Does what a turn wants done."""
 
-    def __init__(self, exchange: Exchange, upstream: Upstream, turn: Turn, lease: Lease) -> None:
+    def __init__(self, exchange: Exchange, upstream: Upstream, lease: Lease, *, streaming: bool) -> None:
         self._exchange = exchange
         self._upstream = upstream
-        self._turn = turn
         self._lease = lease
-        self._headers: Headers = {}
+        self._streaming = streaming
+        self._headers: Headers | None = None
+        """Of the API's first answer."""
+        self._open: httpx.Response | None = None
+        self._pieces: AsyncIterator[bytes]
 
-    async def in_one_piece(self) -> None:
-        """For a client that does not stream."""
-        turn = self._turn
-        headers = self._upstream.headers(self._exchange.headers)
-        while turn.step is not None:
-            if isinstance(turn.step, Run):
-                turn.take_result(await self._lease.run(turn.step.calls[0]))
-                continue
-            answer = await self._upstream.ask(self._exchange.path, headers, turn.step.body, first=turn.step.first)
-            if not answer.ok:
-                await self._exchange.whole(answer.status, answer.headers, answer.body)
-                return
-            self._headers = self._headers or answer.headers
-            turn.take_message(answer.json())
-        await self._exchange.json(200, turn.message(self._lease.described()), self._headers)
+    async def follow(self, effects: course.Course) -> None:
+        """Until the client has its answer.
 
-    async def streamed(self) -> None:
-        """For a client that streams.  What fails before anything was shown is an answer with a status of its own."""
-        turn = self._turn
-        while turn.step is not None:
-            if isinstance(turn.step, Run):
-                await self._give(turn.opening())
-                async with beside(self._ping):
-                    outcome = await self._lease.run(turn.step.calls[0])
-                await self._give(turn.take_result(outcome))
-            elif not await self._ask(turn.step):
-                return
-        await self._give(turn.closing(self._lease.described()))
-        await self._exchange.piece(b"", more=False)
+        Raises: PodflareError, httpx.HTTPError before anything was shown; ClientGone.
+        """
+        outcome: Any = None
+        try:
+            while True:
+                try:
+                    effect = effects.send(outcome)
+                except StopIteration as end:
+                    await self._finish(end.value)
+                    return
+                outcome = await self._done(effect)
+        finally:
+            effects.close()
+            with anyio.CancelScope(shield=True):
+                await self._close()
 
-    async def _ask(self, step: Ask) -> bool:
-        """One sampling; whether the turn can go on."""
-        headers = self._upstream.headers(self._exchange.headers)
-        async with self._upstream.stream(self._exchange.path, headers, step.body, first=step.first) as answer:
-            if answer.failed is not None:
-                await self._fail(answer.failed)
-                return False
-            return await self._relay(answer)
+    async def _finish(self, refused: course.Reply | None) -> None:
+        if refused is not None:
+            answer = await whole(refused.response)
+            await self._exchange.whole(answer.status, answer.headers, answer.body)
+        elif self._streaming:
+            await self._exchange.piece(b"", more=False)
 
-    async def _fail(self, failed: Answer) -> None:
-        if self._exchange.started:
-            await self._exchange.refuse(failed.status, failed.error())
-        else:
-            await self._exchange.whole(failed.status, failed.headers, failed.body)
+    async def _done(self, effect: course.Effect) -> Any:
+        if isinstance(effect, course.Perform):
+            return await self._perform(effect.call)
+        if isinstance(effect, course.Send):
+            return await self._send(effect)
+        if isinstance(effect, course.Emit):
+            await self._give(effect.data)
+        elif isinstance(effect, course.Wait):
+            await anyio.sleep(effect.seconds)
+        elif isinstance(effect, course.Read):
+            try:
+                return await anext(self._pieces, b"")
+            except httpx.HTTPError:
+                return b""
+        elif isinstance(effect, course.ReadAll):
+            return (await whole(effect.reply.response)).body
+        elif isinstance(effect, course.Close):
+            await self._close()
+        return None
 
-    async def _relay(self, answer: EventStream) -> bool:
-        if not self._exchange.started:
-            await self._begin(answer.headers)
-        async for event in answer.events():
-            shown = self._turn.take_event(event)
-            if event["type"] == "error":
-                await self._exchange.piece(encode(event), more=False)
-                return False
-            await self._give(shown)
-            if event["type"] == "message_stop":
-                return True
-        self._turn.upstream_ended()
-        return True
-
-    async def _begin(self, headers: Headers) -> None:
-        kept = {**headers, "content-type": _EVENT_STREAM, "cache-control": "no-store"}
-        await self._exchange.start(200, kept, streaming=True)
-
-    async def _give(self, events: Sequence[Event]) -> None:
-        if events and not self._exchange.started:
-            await self._begin({})
-        if events:
-            await self._exchange.piece(b"".join(encode(event) for event in events))
+    async def _perform(self, call: Call) -> Block | Paused:
+        if not self._streaming:
+            return await self._lease.run(call)
+        async with beside(self._ping):
+            outcome = await self._lease.run(call)
+        return outcome
 
     async def _ping(self) -> None:
         """Signs of life, for as long as it is not cancelled."""
         while True:
             await anyio.sleep(self._exchange.config.ping_s)
-            await self._give([PING])
+            await self._give(encode(PING))
+
+    async def _send(self, effect: course.Send) -> course.Reply:
+        await self._close()
+        headers = self._upstream.headers(self._exchange.headers)
+        try:
+            response = await self._upstream.send("POST", self._exchange.path, headers, encoded(effect.body))
+        except httpx.HTTPError:
+            if effect.first:
+                raise
+            return course.Reply(None, None, None)
+        self._open, self._pieces = response, response.aiter_bytes()
+        if response.status_code == 200 and self._headers is None:
+            self._headers = passed_down(response.headers)
+        return course.Reply(response.status_code, response.headers.get("retry-after"), response)
+
+    async def _close(self) -> None:
+        if self._open is not None:
+            response, self._open = self._open, None
+            await response.aclose()
+
+    async def _give(self, data: bytes) -> None:
+        headers = self._headers or {}
+        if not self._streaming:
+            await self._exchange.whole(200, {**headers, "content-type": "application/json"}, data)
+            return
+        if not self._exchange.started:
+            kind = {"content-type": _EVENT_STREAM, "cache-control": "no-store"}
+            await self._exchange.start(200, {**headers, **kind}, streaming=True)
+        await self._exchange.piece(data)

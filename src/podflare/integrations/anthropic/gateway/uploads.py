@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 from urllib.parse import parse_qsl
 
 import anyio.to_thread
 
 from podflare.errors import BadRequest, TooLarge
+from podflare.integrations.anthropic.containers.descriptions import described
 from podflare.integrations.anthropic.containers.files import FileStore
-from podflare.integrations.anthropic.containers.index import FileRow
 from podflare.integrations.anthropic.gateway.exchange import ClientGone, Exchange
 
 if TYPE_CHECKING:
@@ -24,24 +23,6 @@ _LIFETIME_S = (3600, 90 * 24 * 3600)
 _PIECE_BYTES = 256 * 1024
 _FORM_OVERHEAD_BYTES = 64 * 1024
 _PAGE_PREFIX = "page_"
-
-
-def described(row: FileRow) -> dict[str, Any]:
-    """The metadata object of a file."""
-    return {
-        "id": row.id,
-        "type": "file",
-        "filename": row.filename,
-        "mime_type": row.mime_type,
-        "size_bytes": row.size_bytes,
-        "created_at": _moment(row.created_at),
-        "downloadable": row.downloadable,
-        "expires_at": None if row.expires_at is None else _moment(row.expires_at),
-    }
-
-
-def _moment(at_unix_s: float) -> str:
-    return datetime.fromtimestamp(at_unix_s, timezone.utc).isoformat().replace("+00:00", "Z")
 
 
 async def upload(exchange: Exchange, store: FileStore) -> None:
