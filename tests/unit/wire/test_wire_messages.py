@@ -8,6 +8,9 @@ import pytest
 
 from podflare.errors import ProtocolError
 from podflare.wire import messages as m
+from podflare.wire import variables as v
+
+PRINT = "0123456789abcdef" * 2
 
 HOST = [
     m.Exec("print(1)\n\u2028\ud800", "bash", "<cell 1>"),
@@ -21,6 +24,12 @@ HOST = [
     m.Ack(2**40),
     m.DataEnd(),
     m.Cancel(),
+    v.VariablesSurvey(1500),
+    v.VariablesRecall("a1"),
+    v.VariablesRemember("a1", {"x": PRINT, "ü": ""}),
+    v.VariablesExport(("x", "_y"), 2**40),
+    v.VariablesImport(),
+    v.VariablesCommit(("x",), "b2", {}),
 ]
 GUEST = [
     m.Ready(1, "3.11.2"),
@@ -34,6 +43,11 @@ GUEST = [
     m.FileOpened(0),
     m.FileDone(2**50),
     m.FileFailed(m.NO_SPACE, "f: no room"),
+    v.VariablesTable({"x": v.Variable("int", 5, PRINT, "why", ""), "ü": v.Variable("T")}, ("a1", "b2"), ("b2",), 3),
+    v.VariablesBase({"x": PRINT, "y": ""}, ("y",), False),
+    v.VariablesParcel(("x",), {"lock": "TypeError: no"}),
+    v.VariablesStaged(),
+    v.VariablesFailed(v.TOO_LARGE, "too much", "x"),
 ]
 
 
