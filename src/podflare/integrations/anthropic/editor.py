@@ -89,13 +89,13 @@ def _list(path: str) -> Steps[str | None]:
     # A name may begin with `-`, and ~ and relative paths start at home here as in the file API.
     place = shlex.quote(path) if not path.startswith("~/") else '"$HOME"/' + shlex.quote(path[2:])
     place = '"$HOME"' if path == "~" else place
-    find = "find . -mindepth 1 -maxdepth 2 -not -path '*/.*' -printf '%P%y\\n' | sort"
+    find = "find . -mindepth 1 -maxdepth 2 -not -path '*/.*' -printf '%P\\t%y\\n' | LC_ALL=C sort"
     script = f"cd -- {place} 2> /dev/null || exit 9; {find} | head -n {_LISTED + 1}"
     result = yield lambda sandbox: sandbox.run_code(script, "bash", timeout=30)
     if result.exit_code:
         return None
-    # The last character is the kind of the entry.
-    entries = [line[:-1] + ("/" if line.endswith("d") else "") for line in result.stdout.splitlines() if line]
+    found = [line.rpartition("\t") for line in result.stdout.split("\n") if line]
+    entries = [name + ("/" if kind == "d" else "") for name, _, kind in found]
     shown = entries[:_LISTED]
     if len(entries) > _LISTED:
         shown.append(f"[only the first {_LISTED} entries are shown]")
