@@ -48,6 +48,7 @@ WORDS = {
     "AsyncPtyCalls": "PtyCalls",
     "AsyncPtyHandle": "PtyHandle",
     "AsyncPtyNamespace": "PtyNamespace",
+    "AsyncRule": "Rule",
     "AsyncSandbox": "Sandbox",
     "AsyncTransport": "SyncTransport",
     "__aenter__": "__enter__",

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from podflare.errors import Forbidden as Forbidden
     from podflare.errors import IsolationIncomplete as IsolationIncomplete
     from podflare.errors import MachineFailed as MachineFailed
+    from podflare.errors import MergeConflict as MergeConflict
     from podflare.errors import NoCapacity as NoCapacity
     from podflare.errors import NotBuilt as NotBuilt
     from podflare.errors import PodflareError as PodflareError
@@ -70,6 +71,10 @@ if TYPE_CHECKING:
     from podflare.wire.api import SandboxInfo as SandboxInfo
     from podflare.wire.api import SandboxUsage as SandboxUsage
     from podflare.wire.events import Event as Event
+    from podflare.wire.merges import ConflictInfo as ConflictInfo
+    from podflare.wire.merges import MergeReport as MergeReport
+    from podflare.wire.merges import MergeSide as MergeSide
+    from podflare.wire.merges import NotTransferable as NotTransferable
 
     REGIONS: dict[str, str]
 
@@ -114,6 +119,7 @@ _HOMES = {
         "Forbidden",
         "IsolationIncomplete",
         "MachineFailed",
+        "MergeConflict",
         "NoCapacity",
         "NotBuilt",
         "PodflareError",
@@ -128,6 +134,7 @@ _HOMES = {
     ),
     "wire.api": ("ForkReport", "SandboxInfo", "SandboxUsage"),
     "wire.events": ("Event",),
+    "wire.merges": ("ConflictInfo", "MergeReport", "MergeSide", "NotTransferable"),
 }
 """Where each public name lives."""
 
@@ -146,6 +153,7 @@ __all__ = [
     "CellNotFound",
     "Client",
     "Conflict",
+    "ConflictInfo",
     "ConnectionLost",
     "DaemonStartFailed",
     "DaemonUnreachable",
@@ -161,8 +169,12 @@ __all__ = [
     "IsolationIncomplete",
     "Language",
     "MachineFailed",
+    "MergeConflict",
+    "MergeReport",
+    "MergeSide",
     "NoCapacity",
     "NotBuilt",
+    "NotTransferable",
     "PathChange",
     "PodflareError",
     "PodflareWarning",

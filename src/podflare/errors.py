@@ -12,6 +12,7 @@ PodflareError
 ├── CellNotFound             no kept output under this cell id
 ├── CallNotFound             the cell made no such tool call
 ├── Conflict                 the sandbox is in a state that does not allow this
+│   └── MergeConflict        both sandboxes changed the same, and nothing says which is right; carries the report
 ├── TooLarge                 a body or message above its cap
 ├── QuotaExceeded            an owner's limit is reached
 ├── NotBuilt                 this version does not have the feature yet
@@ -32,7 +33,7 @@ PodflareWarning              (a UserWarning, not an error) something asked for i
 
 from __future__ import annotations
 
-from typing import ClassVar, Dict, Iterator, Type
+from typing import Any, ClassVar, Dict, Iterator, Type
 
 
 class PodflareError(Exception):
@@ -129,6 +130,20 @@ class Conflict(PodflareError):
     status = 409
     fault = "caller"
     retry_safe = True
+
+
+class MergeConflict(Conflict):
+    """Nothing was merged, because of conflicts that nothing resolves.
+
+    Attributes:
+        report: wire.merges.MergeReport, with what was in conflict and what would have been merged.
+    """
+
+    code = "merge_conflict"
+
+    def __init__(self, message: str = "", report: object = None) -> None:
+        super().__init__(message)
+        self.report: Any = report
 
 
 class TooLarge(PodflareError, ValueError):

@@ -51,13 +51,13 @@ class Call:
     """A failure is also an OSError, as users of file operations expect."""
 
 
-def _sandbox_path(sandbox_id: str, rest: str = "") -> str:
+def sandbox_path(sandbox_id: str, rest: str = "") -> str:
     if not isinstance(sandbox_id, str) or not sandbox_id:
         raise BadRequest(f"a sandbox id is a non-empty string, got {sandbox_id!r:.80}")
     return f"/v1/sandboxes/{quote(sandbox_id, safe='')}{rest}"
 
 
-def _json_body(body: Mapping[str, Any]) -> bytes:
+def json_body(body: Mapping[str, Any]) -> bytes:
     try:
         return encode_object(dict(body))
     except (TypeError, ValueError) as exc:
@@ -79,7 +79,7 @@ def create(options: Mapping[str, Any], idempotency_key: str) -> Call:
         body.pop("template", None)
     # With the key, a repeated create gives the same sandbox instead of a second one.
     headers = {"idempotency-key": idempotency_key}
-    return Call("POST", "/v1/sandboxes", "create", body=_json_body(body), headers=headers, repeatable=True)
+    return Call("POST", "/v1/sandboxes", "create", body=json_body(body), headers=headers, repeatable=True)
 
 
 _WITH_USAGE = {False: "", True: "?usage=true"}
@@ -90,12 +90,12 @@ def list_sandboxes(*, usage: bool = False) -> Call:
 
 
 def get(sandbox_id: str, *, usage: bool = False) -> Call:
-    path = _sandbox_path(sandbox_id, _WITH_USAGE[bool(usage)])
+    path = sandbox_path(sandbox_id, _WITH_USAGE[bool(usage)])
     return Call("GET", path, "look-up", sandbox_id, repeatable=True)
 
 
 def destroy(sandbox_id: str) -> Call:
-    return Call("DELETE", _sandbox_path(sandbox_id), "close", sandbox_id, repeatable=True)
+    return Call("DELETE", sandbox_path(sandbox_id), "close", sandbox_id, repeatable=True)
 
 
 def execute(
@@ -111,15 +111,15 @@ def execute(
         raise TypeError(f"code must be a str, got {type(code).__name__}")
     body: dict[str, Any] = {"code": code, "language": language}
     if timeout_s is not None:
-        body["timeout_seconds"] = _seconds(timeout_s)
+        body["timeout_seconds"] = seconds(timeout_s)
     if tools:
         body["tools"] = tools
     if tool_timeout_s is not None:
-        body["tool_timeout_seconds"] = _seconds(tool_timeout_s)
-    return Call("POST", _sandbox_path(sandbox_id, "/exec"), "run_code", sandbox_id, body=_json_body(body))
+        body["tool_timeout_seconds"] = seconds(tool_timeout_s)
+    return Call("POST", sandbox_path(sandbox_id, "/exec"), "run_code", sandbox_id, body=json_body(body))
 
 
-def _seconds(timeout_s: object) -> float:
+def seconds(timeout_s: object) -> float:
     if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not timeout_s > 0:
         raise BadRequest(f"timeout must be a positive number of seconds, got {timeout_s!r:.80}")
     return timeout_s
@@ -129,23 +129,23 @@ def answer_tool_call(
     sandbox_id: str, cell_id: str, call_id: str, result: Any, error: Exception | Mapping[str, str] | None
 ) -> Call:
     """Repeatable: a second answer to one call is refused.  Raises: BadRequest if the result is not JSON."""
-    body = _json_body(_tools.answer(call_id, result, error))
-    path = _sandbox_path(sandbox_id, f"/cells/{quote(cell_id, safe='')}/tool_results")
+    body = json_body(_tools.answer(call_id, result, error))
+    path = sandbox_path(sandbox_id, f"/cells/{quote(cell_id, safe='')}/tool_results")
     return Call("POST", path, "answer to a tool call", sandbox_id, body=body, repeatable=True)
 
 
 def interrupt(sandbox_id: str, cell_id: str | None) -> Call:
-    body = None if cell_id is None else _json_body({"cell_id": cell_id})
-    return Call("POST", _sandbox_path(sandbox_id, "/interrupt"), "interrupt", sandbox_id, body=body)
+    body = None if cell_id is None else json_body({"cell_id": cell_id})
+    return Call("POST", sandbox_path(sandbox_id, "/interrupt"), "interrupt", sandbox_id, body=body)
 
 
 def replay(sandbox_id: str) -> Call:
-    return Call("GET", _sandbox_path(sandbox_id, "/replay"), "replay", sandbox_id, repeatable=True)
+    return Call("GET", sandbox_path(sandbox_id, "/replay"), "replay", sandbox_id, repeatable=True)
 
 
 def output(sandbox_id: str, cell_id: str, stream: str) -> Call:
     rest = f"/cells/{quote(cell_id, safe='')}/output?{urlencode({'stream': stream})}"
-    return Call("GET", _sandbox_path(sandbox_id, rest), "output", sandbox_id, repeatable=True)
+    return Call("GET", sandbox_path(sandbox_id, rest), "output", sandbox_id, repeatable=True)
 
 
 def upload(sandbox_id: str, remote_path: str, size_bytes: int | None) -> Call:
@@ -162,7 +162,7 @@ def download(sandbox_id: str, remote_path: str) -> Call:
 def _file_path(sandbox_id: str, remote_path: str) -> str:
     if not isinstance(remote_path, str):
         raise TypeError(f"the path in the sandbox must be a str, got {type(remote_path).__name__}")
-    return _sandbox_path(sandbox_id, "/files?path=" + quote(remote_path, safe="", errors="surrogateescape"))
+    return sandbox_path(sandbox_id, "/files?path=" + quote(remote_path, safe="", errors="surrogateescape"))
 
 
 def fork(sandbox_id: str, n: int, reseed: bool, timeout_s: float | None) -> Call:
@@ -176,8 +176,8 @@ def fork(sandbox_id: str, n: int, reseed: bool, timeout_s: float | None) -> Call
     if not reseed:
         body["reseed"] = False
     if timeout_s is not None:
-        body["timeout_seconds"] = _seconds(timeout_s)
-    return Call("POST", _sandbox_path(sandbox_id, "/fork"), "fork", sandbox_id, body=_json_body(body))
+        body["timeout_seconds"] = seconds(timeout_s)
+    return Call("POST", sandbox_path(sandbox_id, "/fork"), "fork", sandbox_id, body=json_body(body))
 
 
 def merge(parent_id: str, winner_id: str) -> Call:
@@ -185,7 +185,7 @@ def merge(parent_id: str, winner_id: str) -> Call:
     if parent_id == winner_id:
         raise BadRequest(f"merge_into: {parent_id} cannot be merged into itself")
     rest = f"/merge_into/{quote(winner_id, safe='')}"
-    return Call("POST", _sandbox_path(parent_id, rest), "merge_into", f"{parent_id}, winner {winner_id}")
+    return Call("POST", sandbox_path(parent_id, rest), "merge_into", f"{parent_id}, winner {winner_id}")
 
 
 def diff(sandbox_id: str, other_id: str, paths: Iterable[str] | None, detail: bool, variables: bool = False) -> Call:
@@ -205,12 +205,12 @@ def diff(sandbox_id: str, other_id: str, paths: Iterable[str] | None, detail: bo
     rest = f"/diff/{quote(other_id, safe='')}"
     if query:
         rest += "?" + urlencode(query, errors="surrogateescape")
-    return Call("GET", _sandbox_path(sandbox_id, rest), "diff", f"{sandbox_id}, other {other_id}", repeatable=True)
+    return Call("GET", sandbox_path(sandbox_id, rest), "diff", f"{sandbox_id}, other {other_id}", repeatable=True)
 
 
 def resume(space_id: str, options: Mapping[str, Any]) -> Call:
     body = {key: value for key, value in options.items() if value is not None}
-    return Call("POST", f"/v1/spaces/{quote(space_id, safe='')}/resume", "resume", body=_json_body(body))
+    return Call("POST", f"/v1/spaces/{quote(space_id, safe='')}/resume", "resume", body=json_body(body))
 
 
 def delete_space(space_id: str) -> Call:

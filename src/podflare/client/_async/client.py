@@ -8,11 +8,12 @@ import threading
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
-from podflare.client import _calls, _config, _embedded, _tools
+from podflare.client import _calls, _config, _embedded, _merging, _tools
 from podflare.client._async.connection import AsyncConnection
 from podflare.client._async.pty import AsyncPtyCalls
 from podflare.client._concurrency import beside_async, in_thread_async, outcome_async, shield_async
 from podflare.client._files import Content, LocalPath, Target, open_source
+from podflare.client._merging import AsyncRule, OnConflict
 from podflare.client._tools import ToolFunctions, ToolNames
 from podflare.client._transport import AsyncTransport
 from podflare.client._types import Diff, Event, ExecResult, Language, ToolCallEvent
@@ -27,6 +28,7 @@ from podflare.errors import (
     TooLarge,
 )
 from podflare.wire.api import SandboxInfo
+from podflare.wire.merges import MergeReport
 
 _UNDO_TIMEOUT_S = 5.0
 
@@ -408,6 +410,32 @@ class AsyncClient(AsyncPtyCalls):
         call = _calls.merge(parent_id, winner_id)
         connection = await self.connection()
         await connection.call(call, read_timeout_s=_config.FORK_TIMEOUT_S)
+
+    async def merge_sandboxes(
+        self,
+        sandbox_id: str,
+        other_id: str,
+        *,
+        files: bool | Sequence[str] = True,
+        variables: bool | Sequence[str] = True,
+        on_conflict: OnConflict | AsyncRule = "error",
+        timeout: float | None = None,
+    ) -> MergeReport:
+        """As `AsyncSandbox.merge`."""
+        decided: dict[tuple[str, str], dict[str, str]] = {}
+        read_s = _config.FORK_TIMEOUT_S if timeout is None else timeout + _config.FORK_ANSWER_S
+        for _ in range(_merging.MAX_ROUNDS):
+            call = _merging.merge(sandbox_id, other_id, files, variables, on_conflict, decided.values(), timeout)
+            connection = await self.connection()
+            report = _merging.parse_report(call, await connection.call(call, read_timeout_s=read_s))
+            if report.applied:
+                return report
+            if not callable(on_conflict):
+                break
+            for item in report.unresolved:
+                answer = await outcome_async(_merging.ask, on_conflict, item)
+                decided[item.kind, item.name] = _merging.resolution(item, answer)
+        raise _merging.conflict_error(sandbox_id, other_id, report)
 
     async def diff_sandboxes(
         self,

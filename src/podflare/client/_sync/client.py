@@ -9,9 +9,10 @@ import threading
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
-from podflare.client import _calls, _config, _embedded, _tools
+from podflare.client import _calls, _config, _embedded, _merging, _tools
 from podflare.client._concurrency import beside_sync, in_thread_sync, outcome_sync, shield_sync
 from podflare.client._files import Content, LocalPath, Target, open_source
+from podflare.client._merging import OnConflict, Rule
 from podflare.client._sync.connection import Connection
 from podflare.client._sync.pty import PtyCalls
 from podflare.client._tools import ToolFunctions, ToolNames
@@ -28,6 +29,7 @@ from podflare.errors import (
     TooLarge,
 )
 from podflare.wire.api import SandboxInfo
+from podflare.wire.merges import MergeReport
 
 _UNDO_TIMEOUT_S = 5.0
 
@@ -407,6 +409,32 @@ class Client(PtyCalls):
         call = _calls.merge(parent_id, winner_id)
         connection = self.connection()
         connection.call(call, read_timeout_s=_config.FORK_TIMEOUT_S)
+
+    def merge_sandboxes(
+        self,
+        sandbox_id: str,
+        other_id: str,
+        *,
+        files: bool | Sequence[str] = True,
+        variables: bool | Sequence[str] = True,
+        on_conflict: OnConflict | Rule = "error",
+        timeout: float | None = None,
+    ) -> MergeReport:
+        """As `Sandbox.merge`."""
+        decided: dict[tuple[str, str], dict[str, str]] = {}
+        read_s = _config.FORK_TIMEOUT_S if timeout is None else timeout + _config.FORK_ANSWER_S
+        for _ in range(_merging.MAX_ROUNDS):
+            call = _merging.merge(sandbox_id, other_id, files, variables, on_conflict, decided.values(), timeout)
+            connection = self.connection()
+            report = _merging.parse_report(call, connection.call(call, read_timeout_s=read_s))
+            if report.applied:
+                return report
+            if not callable(on_conflict):
+                break
+            for item in report.unresolved:
+                answer = outcome_sync(_merging.ask, on_conflict, item)
+                decided[item.kind, item.name] = _merging.resolution(item, answer)
+        raise _merging.conflict_error(sandbox_id, other_id, report)
 
     def diff_sandboxes(
         self,

@@ -18,10 +18,12 @@ from podflare.errors import Conflict, PodflareError, SandboxNotFound
 if TYPE_CHECKING:
     from podflare.client._config import Address
     from podflare.client._files import Content, LocalPath
+    from podflare.client._merging import OnConflict, Rule
     from podflare.client._sync.client import Client
     from podflare.client._tools import ToolFunctions, ToolNames
     from podflare.client._types import Diff
     from podflare.wire.api import SandboxInfo
+    from podflare.wire.merges import MergeReport
 
     # Named here because `list` is a method inside the class.
     Events = list[Event]
@@ -419,6 +421,40 @@ class Sandbox:
         client.merge_into(self.id, winner.id)
         winner._ending = f"was merged into {self.id} by this program"
         winner._leave_client()
+
+    def merge(
+        self,
+        other: Sandbox,
+        files: bool | Sequence[str] = True,
+        variables: bool | Sequence[str] = True,
+        on_conflict: OnConflict | Rule = "error",
+        *,
+        timeout: float | None = None,
+    ) -> MergeReport:
+        """Bring in what `other` changed since both were one; what this sandbox changed stays.
+
+        A three-way merge: what only `other` changed comes over, text files that both changed are merged by lines, and
+        the rest that both changed is a conflict. All of it happens, or nothing. Both sandboxes live on; merging
+        again brings only what came since. Running cells of both are waited for.
+
+        Args:
+            files: directories or files whose changes come over; True means /root and /tmp, as in `diff`.
+            variables: names of variables whose changes come over; True means all. One that is named and cannot be
+                carried to another process is an error, else it is told in the report.
+            on_conflict: "error" raises; "ours" or "theirs" decides every conflict for this sandbox or for `other`; a
+                function is asked about each (a ConflictInfo) and returns "ours" or "theirs". In text files only the
+                lines in conflict are decided by that.
+            timeout: seconds for all of it, waiting for running cells included; None means the daemon's 50.
+        Raises: MergeConflict with the report; ValueError if `other` is this sandbox; SandboxNotFound; Conflict if
+            running code changed files meanwhile, or a named variable cannot be carried; TooLarge, DeadlineExceeded;
+            what `on_conflict` raises. Nothing has changed then. ConnectionLost: outcome unknown; merging again is safe.
+        If interrupted (Ctrl-C): it is done, or nothing has changed.
+        """
+        client = self._client_for("merge")
+        other._client_for("merge")
+        return client.merge_sandboxes(
+            self.id, other.id, files=files, variables=variables, on_conflict=on_conflict, timeout=timeout
+        )
 
     def diff(
         self,
