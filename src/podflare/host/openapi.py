@@ -13,6 +13,7 @@ from typing import Any
 
 from podflare.errors import NotBuilt
 from podflare.wire.api import CreateRequest, Diff, ExecRequest, ForkRequest, SandboxInfo, TemplateInfo
+from podflare.wire.merges import ON_CONFLICT, ConflictInfo, NotTransferable, Resolution
 
 MISSING = "the API page needs more packages: pip install 'podflare[docs-page]'"
 _FILES = {
@@ -26,6 +27,27 @@ _QUERY = {
     "usage": {"type": "boolean"},
 }
 """Schemas of query parameters that are no strings."""
+_TEXTS = {"type": "array", "items": {"type": "string"}}
+_CHOICE = {"anyOf": [{"type": "boolean"}, _TEXTS]}
+_MERGE_BODY = {
+    "type": "object",
+    "properties": {
+        "files": _CHOICE,
+        "variables": _CHOICE,
+        "on_conflict": {"enum": list(ON_CONFLICT)},
+        "resolutions": {"type": "array", "items": {"$ref": "#/components/schemas/Resolution"}},
+        "timeout_seconds": {"type": "number"},
+    },
+}
+_MERGE_ANSWER = {
+    "type": "object",
+    "properties": {
+        "merged": {"type": "object", "properties": {"files": _TEXTS, "variables": _TEXTS}},
+        "conflicts": {"type": "array", "items": {"$ref": "#/components/schemas/ConflictInfo"}},
+        "not_transferable": {"type": "array", "items": {"$ref": "#/components/schemas/NotTransferable"}},
+        "applied": {"type": "boolean"},
+    },
+}
 _HTML = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>podflare API</title>
 <link rel="stylesheet" href="/docs/swagger-ui.css"><link rel="icon" href="/docs/favicon-32x32.png"></head>
@@ -68,7 +90,17 @@ def document() -> dict[str, Any]:
         raise NotBuilt(MISSING) from exc
     schemas: dict[str, Any] = {
         shape.__name__: TypeAdapter(shape).json_schema(ref_template="#/components/schemas/{model}")
-        for shape in (CreateRequest, ExecRequest, ForkRequest, Diff, SandboxInfo, TemplateInfo)
+        for shape in (
+            CreateRequest,
+            ExecRequest,
+            ForkRequest,
+            Diff,
+            SandboxInfo,
+            TemplateInfo,
+            Resolution,
+            ConflictInfo,
+            NotTransferable,
+        )
     }
     # Shapes within shapes: one place for all.
     for schema in list(schemas.values()):
@@ -182,6 +214,13 @@ def _branch_paths() -> dict[str, Any]:
         },
         "/v1/sandboxes/{id}/merge_into/{winner}": {
             "post": _operation("Replace a sandbox by another one", status=204),
+        },
+        "/v1/sandboxes/{id}/merge/{other}": {
+            "post": _operation(
+                "Bring in what another sandbox changed",
+                takes=_content("application/json", _MERGE_BODY),
+                gives=_content("application/json", _MERGE_ANSWER),
+            )
         },
         "/v1/sandboxes/{id}/diff/{other}": {
             "get": _operation(

@@ -77,7 +77,7 @@ def test_report_of_a_merge(daemon: ScriptedDaemon, pair: tuple[Sandbox, Sandbox]
 
 
 def test_conflicts_raise_with_the_report(daemon: ScriptedDaemon, pair: tuple[Sandbox, Sandbox]) -> None:
-    """A merge that was not applied is a MergeConflict that names each conflict, and survives pickling with its report."""
+    """A merge that was not applied is a MergeConflict that names each conflict, and survives pickling."""
     daemon.answer("POST", "/merge/sbx_b", 200, json=refused(CONFLICT))
     with pytest.raises(MergeConflict, match=r"a conflict, nothing has changed.*'/root/f': both changed") as caught:
         pair[0].merge(pair[1])
