@@ -6,8 +6,8 @@ child from outside before it lets it go.
 
 Order on the line, a SOCK_SEQPACKET socket, all JSON: n times {"order", "child": i} with ChildFds, then {"order",
 "fork": n, "reseed", "timeout_s"}; answer {"order", "forked": bool}.  An order may be given up half way; then another
-number follows.  Each child says {"born": report} on the line of its own machine and waits
-for "go".
+number follows.  A REPL that replaces one that ended says {"started"} first.  Each child says {"born": report} on the
+line of its own machine and waits for "go".
 """
 
 from __future__ import annotations
@@ -106,6 +106,14 @@ class ForkLine:
 
     def say(self, message: Dict[str, object]) -> None:
         os.write(self.fd, json.dumps(message).encode()[:MAX_PACKET_BYTES])
+
+    def say_started(self) -> None:
+        """This REPL takes the place of one that ended: an order to that one is not for its state."""
+        with socket.socket(fileno=os.dup(self.fd)) as line:
+            try:
+                line.send(json.dumps({"started": True}).encode(), socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                pass  # nobody forks here, and many restarts have said so already
 
     def close(self) -> None:
         os.close(self.fd)

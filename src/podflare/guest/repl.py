@@ -57,6 +57,8 @@ def main(
         os.setsid()
         before_repl()
         line = None if fork_line is None else ForkLine(fork_line)
+        if line is not None and not first:
+            line.say_started()
         link = _AgentLink(_take_over_descriptors(control, output, line))
         _default_signals()
         environment.enter_home(home)

@@ -57,6 +57,7 @@ async def fork_machine(
     Raises: MachineFailed, IsolationIncomplete, DeadlineExceeded; then no child exists.
     If cancelled: no child exists.
     """
+    _forget_past(parent.parts.line)
     unborn: list[Unborn] = []
     layer = layers.new()
     below = (layer, *parent.parts.layers)
@@ -116,15 +117,29 @@ async def _fork_repl(
     body = {"order": order, "fork": len(children), "reseed": reseed, "timeout_s": timeout_s}
     line.send(json.dumps(body).encode())
     answer: dict[str, Any] = {}
-    while answer.get("order") != order:  # the answer to an order that was given up may still be there
+    while answer.get("order") != order:  # the answer to an order that was given up may come now
         await wait_readable(line, STEP_TIMEOUT_S, "the sandbox's Python process did not fork")
         answer, _ = receive_with_pid(line, "the sandbox's Python process is gone")
+        if "started" in answer:
+            # What it would fork has none of the state that was to be forked.
+            raise MachineFailed("the sandbox's Python process ended while it was forked; a new one was started")
     if answer.get("forked") is not True:
         raise MachineFailed(f"the sandbox's Python process could not fork: {str(answer.get('why'))[:500]}")
     for child in children:
         await _receive_repl(nursery, child)
     for child in children:
         await wait_readable(child.parts.channel, STEP_TIMEOUT_S, "the guest of the forked machine did not start")
+
+
+def _forget_past(line: socket.socket) -> None:
+    """Drop what a REPL said before this fork: answers to others, that it was started."""
+    try:
+        while line.recv(1):
+            pass
+    except BlockingIOError:
+        return
+    except OSError as exc:
+        raise MachineFailed(f"the sandbox's Python process cannot be reached: {exc}") from exc
 
 
 async def _receive_handed(child: ProcessMachine) -> list[int]:
@@ -149,15 +164,15 @@ async def _receive_repl(nursery: Nursery, child: ProcessMachine) -> None:
     parts = child.parts
     await wait_readable(parts.line, STEP_TIMEOUT_S, "the forked Python process did not report")
     message, pid = receive_with_pid(parts.line, "the forked Python process died on its way")
-    if "died" in message:
-        raise MachineFailed(f"the forked Python process died on its way: {str(message['died'])[:500]}")
+    if "born" not in message:
+        raise MachineFailed(f"the forked Python process died on its way: {str(message.get('died', ''))[:500]}")
     check.check_repl(pid, namespaces=parts.namespaces, filters=nursery.filters)
     if parts.cgroup is not None:
         try:
             await asyncio.get_running_loop().run_in_executor(None, parts.cgroup.move, pid)
         except OSError as exc:
             raise MachineFailed(f"the forked Python process could not be put under its limits: {exc}") from exc
-    child.fork_report = clean_report(message.get("born"))
+    child.fork_report = clean_report(message["born"])
     parts.line.send(b"go")
 
 
