@@ -26,8 +26,9 @@ def private_temp() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="pft-", dir="/tmp"))
     folder.chmod(0o711)  # a machine of a root daemon enters with another id
     (folder / "cache").mkdir()  # there before any test, so that a tool that fills it leaves nothing new
-    before = {name: os.environ.get(name) for name in ("TMPDIR", "XDG_RUNTIME_DIR", "XDG_CACHE_HOME")}
+    before = {name: os.environ.get(name) for name in ("TMPDIR", "XDG_RUNTIME_DIR", "XDG_CACHE_HOME", "XDG_DATA_HOME")}
     os.environ.update(TMPDIR=str(folder), XDG_RUNTIME_DIR=str(folder), XDG_CACHE_HOME=str(folder / "cache"))
+    os.environ["XDG_DATA_HOME"] = str(folder / "cache" / "data")  # no templates of whoever runs the tests
     for name in [key for key in os.environ if key.startswith("PODFLARE_")]:
         del os.environ[name]
     tempfile.tempdir = None

@@ -42,6 +42,8 @@ class Config:
     """Where `podflare template build` puts templates; None for only the one that needs no building."""
     pool_size: int = 4
     """Warm sandboxes kept ready: a burst of this many creates costs no start-up, for about 15 MB each."""
+    pool_templates: tuple[tuple[str, int], ...] = ()
+    """Further pools, as (template, size): a template that preloads much starts more slowly than the default one."""
 
     # How it is started.
     embedded: bool = False
@@ -207,6 +209,7 @@ def _from_variables(environ: Mapping[str, str]) -> dict[str, Any]:
             if environ.get(name):
                 found[field] = _whole(environ, name, low)
                 break
+    found["pool_templates"] = _pool_templates(environ.get("PODFLARE_POOL_TEMPLATES", ""))
     if environ.get("PODFLARE_HEARTBEAT_SECONDS"):
         found["heartbeat_s"] = _seconds(environ, "PODFLARE_HEARTBEAT_SECONDS")
     if environ.get("PODFLARE_ENGINE"):
@@ -231,6 +234,16 @@ def _walls(text: str) -> tuple[Wall, ...]:
         if name not in known:
             raise BadRequest(f"PODFLARE_REQUIRE: unknown wall {name!r}; known: {', '.join(known)}")
     return tuple(name for name in known if name in names)
+
+
+def _pool_templates(text: str) -> tuple[tuple[str, int], ...]:
+    found = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, _, size = (word.strip() for word in item.partition("="))
+        if not name or not size.isascii() or not size.isdigit():
+            raise BadRequest(f"PODFLARE_POOL_TEMPLATES must be TEMPLATE=NUMBER,..., got {item!r:.80}")
+        found[name] = int(size)
+    return tuple(found.items())
 
 
 def _flag(environ: Mapping[str, str], name: str) -> bool:

@@ -90,12 +90,22 @@ class Daemon:
             config.pool_size,
             create_timeout_s=config.create_timeout_s,
         )
+        self._pools = {DEFAULT_TEMPLATE: self.pool}
         self.branches = Branches(self.registry, starting=self._start, add=self._add)
 
     async def run(self, tasks: TaskGroup) -> None:
         """Start the background tasks in `tasks`; the engine has been started."""
         self._tasks = tasks
-        self._spawn(self.pool.run)
+        for name, size in self.config.pool_templates:
+            try:
+                spec = MachineSpec(name, _limits(self.engine.describe(name)))
+            except UnknownTemplate as exc:
+                telemetry.problem("no pool for a template that is not there", error=exc)
+                continue
+            self._pools[name] = Pool(self.engine, spec, size, create_timeout_s=self.config.create_timeout_s)
+        self.pool = self._pools[DEFAULT_TEMPLATE]
+        for pool in self._pools.values():
+            self._spawn(pool.run)
 
     def _spawn(self, work: Callable[[], Awaitable[None]]) -> None:
         assert self._tasks is not None
@@ -202,7 +212,7 @@ class Daemon:
         template = self.engine.describe(request.template)
         spec = MachineSpec(request.template, _limits(template, request.ram_mib, request.rootfs_gb))
         try:
-            return await self.pool.take(spec)
+            return await self._pools.get(spec.template, self.pool).take(spec)
         except OSError as exc:
             if isinstance(exc, PodflareError):
                 raise
@@ -289,7 +299,8 @@ class Daemon:
         for sandbox in sandboxes:
             sandbox.end(SHUT_DOWN)
         with anyio.move_on_after(self.config.shutdown_s):
-            await self.pool.aclose()
+            for pool in self._pools.values():
+                await pool.aclose()
             for sandbox in sandboxes:
                 await sandbox.gone.wait()
             if self._starting:
@@ -306,22 +317,13 @@ class Daemon:
 
     def capacity(self) -> dict[str, Any]:
         """Body of GET /v1/capacity."""
-        pool = self.pool
-        taken = pool.hits + pool.misses
         return {
             "engine": self.engine.name,
             "templates": list(self.engine.templates),
             "sandboxes": len(self.registry),
             "max_sandboxes": self.config.max_sandboxes,
-            "pool": {
-                "template": pool.spec.template,
-                "size": pool.size,
-                "ready": pool.ready,
-                "hits": pool.hits,
-                "misses": pool.misses,
-                "pool_hit_rate_bp": 10_000 * pool.hits // taken if taken else 0,
-                "problem": pool.problem,
-            },
+            "pool": self.pool.describe(),
+            "pools": [pool.describe() for pool in self._pools.values()],
         }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
 import anyio
 
@@ -28,6 +29,8 @@ class Warm:
     machine: Machine
     link: GuestLink
     pooled: bool
+    version: str = ""
+    """Of its template, when it was made."""
 
 
 class _Claim:
@@ -67,10 +70,23 @@ class Pool:
     def ready(self) -> int:
         return len(self._ready)
 
+    def describe(self) -> dict[str, Any]:
+        """Its part of GET /v1/capacity."""
+        taken = self.hits + self.misses
+        return {
+            "template": self.spec.template,
+            "size": self.size,
+            "ready": self.ready,
+            "hits": self.hits,
+            "misses": self.misses,
+            "pool_hit_rate_bp": 10_000 * self.hits // taken if taken else 0,
+            "problem": self.problem,
+        }
+
     async def take(self, spec: MachineSpec) -> Warm:
         """A warm machine if one fits and lives, else a new one.
 
-        Raises: as Engine.create.  On any of them no machine is left over.
+        Raises: as Engine.describe and Engine.create.  On any of them no machine is left over.
         If cancelled: no machine is left over.
         """
         while spec.template == self.spec.template and not self._closed:
@@ -79,6 +95,9 @@ class Pool:
                 break
             self._last_taken_s = time.monotonic()
             self._wanted.set()
+            if warm.version != self._engine.describe(spec.template).version:
+                await self._discard(warm)  # the template was built anew meanwhile
+                continue
             if await self._fit(warm, spec.limits):
                 self.hits += 1
                 return warm
@@ -128,6 +147,7 @@ class Pool:
 
     async def _make(self, spec: MachineSpec, *, pooled: bool) -> Warm:
         start = time.monotonic()
+        version = self._engine.describe(spec.template).version
         machine = await self._engine.create(spec, timeout_s=self._create_timeout_s)
         try:
             link = await GuestLink.open(machine, timeout_s=READY_TIMEOUT_S)
@@ -136,7 +156,7 @@ class Pool:
                 await machine.aclose()
             raise
         telemetry.event("machine started", machine=machine.id, pooled=pooled, ms=_ms_since(start))
-        return Warm(machine, link, pooled)
+        return Warm(machine, link, pooled, version)
 
     async def run(self) -> None:
         """Refill until `aclose`."""

@@ -25,6 +25,8 @@ else:
 MAX_DEFINITION_BYTES = 256 * 1024
 MAX_ITEMS = 500
 """Of each list and table."""
+MAX_FILES = 100
+MAX_PATH_CHARS = 400
 HOME_OF_TEMPLATE = "/opt/template"
 """Where a machine has what its template brings; packages are in PACKAGES."""
 PACKAGES = f"{HOME_OF_TEMPLATE}/packages"
@@ -191,12 +193,16 @@ def _environment(body: dict[str, Any]) -> tuple[tuple[str, str], ...]:
 
 
 def _files(body: dict[str, Any]) -> tuple[tuple[str, str], ...]:
-    found = _table(body, "files", re.compile(r"/.{1,400}", re.DOTALL), "an absolute path")
+    found = _table(body, "files", re.compile(r"/.+", re.DOTALL), "an absolute path")
+    if len(found) > MAX_FILES:
+        raise _wrong(f"'files' has {len(found)} entries, the cap is {MAX_FILES}: a directory counts as one")
     for target, source in found:
         if "\0" in target or posixpath.normpath(target) != target or target.startswith("//"):
             raise _wrong(f"'files': {target!r:.80} must be a plain absolute path, without . and ..")
         if any(target == folder or target.startswith(f"{folder}/") for folder in _CLOSED_FOLDERS):
             raise _wrong(f"'files': {target!r:.80} lies where a template cannot put files")
+        if len(target) > MAX_PATH_CHARS:
+            raise _wrong(f"'files': {target!r:.80} is longer than {MAX_PATH_CHARS} characters")
         if not source:
             raise _wrong(f"'files': {target!r:.80} has no file to be copied from")
     targets = {target for target, _ in found}
