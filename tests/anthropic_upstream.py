@@ -42,49 +42,19 @@ def script(*rounds: list[dict[str, Any]]) -> str:
     return PREFIX + json.dumps(rounds)
 
 
-class Upstream:
-    """The server, as long as its `with` block lasts.  `requests` has every accepted body, `heads` their headers."""
+class Judge:
+    """What the API refuses; and that a conversation is sent again as it was sent before."""
 
     def __init__(self) -> None:
-        self.requests: list[dict[str, Any]] = []
-        self.heads: list[dict[str, str]] = []
-        self.rejected: list[str] = []
-        self.failures: dict[str, int] = {}
-        """How often a `fail` part has failed, by its text; one with a third entry fails so often only."""
-        self.release = threading.Event()
-        """Lets what hangs go on."""
         self._ids = itertools.count(1)
         self._seen: dict[str, tuple[str, list[dict[str, Any]]]] = {}
         self._lock = threading.Lock()
-        upstream = self
-
-        class Handler(_Handler):
-            owner = upstream
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    def __enter__(self) -> Upstream:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release.set()
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
 
     def next_id(self, kind: str) -> str:
         return f"{kind}_{next(self._ids):06d}"
 
-    def check(self, body: dict[str, Any], headers: dict[str, str]) -> None:
+    def check(self, body: dict[str, Any]) -> None:
         """Raises: Rejected."""
-        _check_headers(headers)
         tools = _check_tools(body.get("tools") or [])
         _check_choice(body.get("tool_choice"), tools)
         for key in ("container", "mcp_container"):
@@ -115,6 +85,42 @@ class Upstream:
         last, now = _blocks(old[-1]), _blocks(new[-1])
         if _text(now[: len(last)]) != _text(last):
             raise Rejected(f"prefix: the last message has changed: {last} {now}")
+
+
+class Upstream(Judge):
+    """The server, as long as its `with` block lasts.  `requests` has every accepted body, `heads` their headers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requests: list[dict[str, Any]] = []
+        self.heads: list[dict[str, str]] = []
+        self.rejected: list[str] = []
+        self.failures: dict[str, int] = {}
+        """How often a `fail` part has failed, by its text; one with a third entry fails so often only."""
+        self.release = threading.Event()
+        """Lets what hangs go on."""
+        upstream = self
+
+        class Handler(_Handler):
+            owner = upstream
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> Upstream:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release.set()
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
 
 
 def _text(value: Any) -> str:
@@ -224,7 +230,7 @@ def _told(messages: list[dict[str, Any]]) -> str:
 _SANDBOX = {"bash": ("bash_code_execution", "command"), "code": ("code_execution", "code")}
 
 
-def answer(upstream: Upstream, body: dict[str, Any], parts: list[dict[str, Any]]) -> dict[str, Any]:
+def answer(judge: Judge, body: dict[str, Any], parts: list[dict[str, Any]]) -> dict[str, Any]:
     """The message that the parts make."""
     messages, content, stop = body["messages"], [], "end_turn"
     for part in parts:
@@ -238,7 +244,7 @@ def answer(upstream: Upstream, body: dict[str, Any], parts: list[dict[str, Any]]
             made = {"name": part["tool"], "input": part.get("input", {})}
         if made is not None:
             stop = "tool_use"
-            content.append({"type": "tool_use", "id": part.get("id") or upstream.next_id("toolu"), **made})
+            content.append({"type": "tool_use", "id": part.get("id") or judge.next_id("toolu"), **made})
         elif "text" in part:
             content.append({"type": "text", "text": part["text"], "citations": None})
         elif "echo" in part:
@@ -252,7 +258,7 @@ def answer(upstream: Upstream, body: dict[str, Any], parts: list[dict[str, Any]]
     size = len(json.dumps(messages))
     usage = {"input_tokens": 2, "cache_creation_input_tokens": 0, "cache_read_input_tokens": size, "output_tokens": 7}
     return {
-        "id": upstream.next_id("msg"), "type": "message", "role": "assistant", "model": body["model"],
+        "id": judge.next_id("msg"), "type": "message", "role": "assistant", "model": body["model"],
         "content": content, "stop_reason": stop, "stop_sequence": None, "usage": usage,
     }  # fmt: skip
 
@@ -304,7 +310,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(401, _error("authentication_error", "no key"))
             return
         try:
-            self.owner.check(body, headers)
+            _check_headers(headers)
+            self.owner.check(body)
         except Rejected as exc:
             self.owner.rejected.append(str(exc))
             self._send(400, _error("invalid_request_error", str(exc)))

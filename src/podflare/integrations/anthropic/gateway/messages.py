@@ -149,7 +149,7 @@ class _Shell:
             return await self._lease.run(call)
         async with beside(self._ping):
             outcome = await self._lease.run(call)
-        return outcome
+        return outcome  # noqa: RET504  # for the type checker the block above could end without it
 
     async def _ping(self) -> None:
         """Signs of life, for as long as it is not cancelled."""
