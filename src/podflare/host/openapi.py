@@ -48,6 +48,27 @@ _MERGE_ANSWER = {
         "applied": {"type": "boolean"},
     },
 }
+_NAMES = {"type": "array", "items": {"type": "string"}}
+_TOOL_ANSWER = {
+    "type": "object",
+    "required": ["call_id"],
+    "properties": {
+        "call_id": {"type": "string"},
+        "result": {"description": "any JSON"},
+        "error": {"type": "object", "properties": {"type": {"type": "string"}, "message": {"type": "string"}}},
+    },
+}
+_EVENT: dict[str, Any] = {
+    "type": "object",
+    "required": ["type", "data", "seq", "ts"],
+    "properties": {
+        "type": {"enum": ["stdout", "stderr", "result", "error", "tool_call", "tool_cancelled", "exit"]},
+        "data": {"description": "a line; or an object; or with exit the exit code"},
+        "seq": {"type": "integer"},
+        "ts": {"type": "integer"},
+    },
+    "additionalProperties": True,
+}
 _HTML = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>podflare API</title>
 <link rel="stylesheet" href="/docs/swagger-ui.css"><link rel="icon" href="/docs/favicon-32x32.png"></head>
@@ -106,32 +127,13 @@ def document() -> dict[str, Any]:
     for schema in list(schemas.values()):
         schemas.update(schema.pop("$defs", {}))
     # The dataclass knows only the form that both become.
-    names = {"type": "array", "items": {"type": "string"}}
     schemas["ExecRequest"]["properties"]["tools"] = {
-        "anyOf": [names, {"type": "object", "additionalProperties": names}]
+        "anyOf": [_NAMES, {"type": "object", "additionalProperties": _NAMES}]
     }
-    schemas["ToolAnswer"] = {
-        "type": "object",
-        "required": ["call_id"],
-        "properties": {
-            "call_id": {"type": "string"},
-            "result": {"description": "any JSON"},
-            "error": _object(type="string", message="string"),
-        },
-    }
+    schemas["ToolAnswer"] = _TOOL_ANSWER
     schemas["Error"] = _object(error="string", code="string")
     schemas["Sandboxes"] = _list_of("sandboxes", "SandboxInfo")
-    schemas["Event"] = {
-        "type": "object",
-        "required": ["type", "data", "seq", "ts"],
-        "properties": {
-            "type": {"enum": ["stdout", "stderr", "result", "error", "tool_call", "tool_cancelled", "exit"]},
-            "data": {"description": "a line; or an object; or with exit the exit code"},
-            "seq": {"type": "integer"},
-            "ts": {"type": "integer"},
-        },
-        "additionalProperties": True,
-    }
+    schemas["Event"] = _EVENT
     # One round trip: what pydantic gives may hold tuples and shared objects, a document is plain JSON.
     body: dict[str, Any] = json.loads(
         json.dumps(
@@ -232,14 +234,36 @@ def _branch_paths() -> dict[str, Any]:
     }
 
 
-def _paths() -> dict[str, Any]:
-    info = _content("application/json", _ref("SandboxInfo"))
+def _cell_paths(raw: dict[str, Any]) -> dict[str, Any]:
     events = _content("application/x-ndjson", _ref("Event"))
-    raw = _content("application/octet-stream", {"type": "string", "format": "binary"})
     interrupted = {
         "type": "object",
         "properties": {"interrupted": {"type": "boolean"}, "cell_id": {"type": ["string", "null"]}},
     }
+    return {
+        "/v1/sandboxes/{id}/exec": {
+            "post": _operation("Run a cell", takes=_content("application/json", _ref("ExecRequest")), gives=events)
+        },
+        "/v1/sandboxes/{id}/interrupt": {
+            "post": _operation(
+                "Interrupt a cell",
+                takes=_content("application/json", _object(cell_id="string")),
+                gives=_content("application/json", interrupted),
+            )
+        },
+        "/v1/sandboxes/{id}/replay": {"get": _operation("Latest events", gives=events)},
+        "/v1/sandboxes/{id}/cells/{cell}/output": {
+            "get": _operation("Whole output of a cell", gives=raw, query=[("stream", False)])
+        },
+        "/v1/sandboxes/{id}/cells/{cell}/tool_results": {
+            "post": _operation("Answer a tool call", takes=_content("application/json", _ref("ToolAnswer")), status=204)
+        },
+    }
+
+
+def _paths() -> dict[str, Any]:
+    info = _content("application/json", _ref("SandboxInfo"))
+    raw = _content("application/octet-stream", {"type": "string", "format": "binary"})
     paths: dict[str, Any] = {
         "/v1/healthz": {"get": _operation("Alive?", gives=_content("text/plain", {"const": "ok"}))},
         "/v1/capacity": {"get": _operation("Pool and limits", gives=_content("application/json", {"type": "object"}))},
@@ -261,29 +285,13 @@ def _paths() -> dict[str, Any]:
             "get": _operation("One sandbox", gives=info, query=[("usage", False)]),
             "delete": _operation("End a sandbox", status=204),
         },
-        "/v1/sandboxes/{id}/exec": {
-            "post": _operation("Run a cell", takes=_content("application/json", _ref("ExecRequest")), gives=events)
-        },
+        **_cell_paths(raw),
         **_branch_paths(),
-        "/v1/sandboxes/{id}/interrupt": {
-            "post": _operation(
-                "Interrupt a cell",
-                takes=_content("application/json", _object(cell_id="string")),
-                gives=_content("application/json", interrupted),
-            )
-        },
-        "/v1/sandboxes/{id}/replay": {"get": _operation("Latest events", gives=events)},
         "/v1/sandboxes/{id}/files": {
             "put": _operation(
                 "Write a file", takes=raw, gives=_content("application/json", {}), query=[("path", True)]
             ),
             "get": _operation("Read a file", gives=raw, query=[("path", True)]),
-        },
-        "/v1/sandboxes/{id}/cells/{cell}/output": {
-            "get": _operation("Whole output of a cell", gives=raw, query=[("stream", False)])
-        },
-        "/v1/sandboxes/{id}/cells/{cell}/tool_results": {
-            "post": _operation("Answer a tool call", takes=_content("application/json", _ref("ToolAnswer")), status=204)
         },
     }
     for path, operations in paths.items():
