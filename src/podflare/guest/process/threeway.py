@@ -17,6 +17,7 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 from podflare.guest.process.compare import (
     MAX_DEPTH,
     MAX_ENTRIES,
+    MAX_NAME_BYTES,
     Entry,
     Layer,
     TooMuch,
@@ -30,6 +31,8 @@ from podflare.guest.process.linemerge import MAX_FILE_BYTES, lines_of, merge_lin
 
 MAX_TEXT_BYTES = 256 * 1024 * 1024
 """Of all merged texts of one plan, which are held in memory."""
+_LOOKS = 8
+"""How often a path of a plan may be looked at."""
 IDENTITY = frozenset(["/etc/machine-id"])
 """Files that tell one machine from another: never merged."""
 UNMERGEABLE = ("socket", "device")
@@ -106,7 +109,7 @@ class ThreeWay:
         self._own = shared_layers(base, ours)
         self._overlay = ""
         self._entries = 0
-        self._text_bytes = 0
+        self._text_bytes = self._name_bytes = 0
         self.units: List[Unit] = []
         self.skipped: List[Tuple[str, str]] = []
         """(path, kind) of what they have that cannot be anybody else's."""
@@ -385,8 +388,11 @@ class ThreeWay:
                 finally:
                     inner.close()
 
-    def _alike(self, base: Optional[Entry], other: Optional[Entry], path: str, *, own: bool = False) -> bool:
+    def _alike(
+        self, base: Optional[Entry], other: Optional[Entry], path: str, depth: int = 0, *, own: bool = False
+    ) -> bool:
         """Whether both are the same with all that they hold."""
+        _check_depth(path, depth)
         if not _same(base, other):
             return False
         if base is None or other is None or base.kind != "directory":
@@ -395,7 +401,7 @@ class ThreeWay:
             self._count(path)
             one, two = resolve(base.folders, name), resolve(other.folders, name)
             try:
-                if not self._alike(one, two, f"{path}/{name}", own=own):
+                if not self._alike(one, two, f"{path}/{name}", depth + 1, own=own):
                     return False
             finally:
                 _close((one, two, None))
@@ -403,7 +409,8 @@ class ThreeWay:
 
     def _count(self, path: str) -> None:
         self._entries += 1
-        if self._entries > 8 * MAX_ENTRIES:
+        self._name_bytes += len(path)
+        if self._entries > _LOOKS * MAX_ENTRIES or self._name_bytes > _LOOKS * MAX_NAME_BYTES:
             raise TooMuch(f"more than {MAX_ENTRIES} paths to merge; merge fewer directories (files)")
 
 
