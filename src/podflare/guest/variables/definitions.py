@@ -38,6 +38,8 @@ _CLASS_LEFT_OUT = frozenset(
         "__slotnames__",
     )
 )
+_HEAD = ("__module__", "__qualname__", "__doc__", "__slots__", "__orig_bases__")
+"""Attributes that a class must have from its beginning."""
 _ENUM_OWN = frozenset(
     (
         "_member_map_",
@@ -152,6 +154,14 @@ class TakenApart:
             self.sources[name] = source
         return code.replace(co_consts=consts, co_filename=name)
 
+    def _cache(self, value: Any) -> Reduction:
+        path = self._path_here(value)
+        if path is not None:
+            return named, (path,)
+        if is_importable(value):
+            return NotImplemented
+        return cached_function, (value.__wrapped__, value.cache_parameters())
+
     def _cell(self, value: types.CellType) -> Reduction:
         try:
             content: Tuple[Any, ...] = (value.cell_contents,)
@@ -170,7 +180,7 @@ class TakenApart:
         if isinstance(value, enum.EnumMeta):
             return self._enum(value)
         content = vars(value)
-        head = {key: content[key] for key in ("__module__", "__qualname__", "__doc__", "__slots__") if key in content}
+        head = {key: content[key] for key in _HEAD if key in content}
         head["__qualname__"] = value.__qualname__
         slots = content.get("__slots__", ())
         left_out = _CLASS_LEFT_OUT | ({slots} if isinstance(slots, str) else set(slots))
@@ -230,6 +240,7 @@ _WAYS: Dict[Any, Callable[[TakenApart, Any], Reduction]] = {
     staticmethod: lambda apart, value: (staticmethod, (value.__func__,)),
     classmethod: lambda apart, value: (classmethod, (value.__func__,)),
     functools.cached_property: lambda apart, value: (cached, (value.func, value.attrname)),
+    type(functools.lru_cache(is_local)): TakenApart._cache,
     typing.TypeVar: lambda apart, value: _type_variable(value),
 }
 
@@ -341,6 +352,11 @@ def cached(function: Any, name: str) -> Any:
     return made
 
 
+def cached_function(function: Any, parameters: Dict[str, Any]) -> Any:
+    """A function under lru_cache, with nothing cached yet."""
+    return functools.lru_cache(**parameters)(function)
+
+
 def type_variable(name: str, constraints: Any, bound: Any, covariant: bool, contravariant: bool) -> Any:
     """A TypeVar of a cell."""
     return typing.TypeVar(name, *constraints, bound=bound, covariant=covariant, contravariant=contravariant)
@@ -361,6 +377,7 @@ _PARTS: Tuple[Any, ...] = (
     fill_class,
     filled_enum,
     cached,
+    cached_function,
     type_variable,
 )
 for _part in _PARTS:

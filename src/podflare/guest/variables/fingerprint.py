@@ -18,6 +18,7 @@ import pickle
 import sys
 import time
 import types
+import typing
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 from podflare.wire.variables import FINGERPRINT_CHARS, MAX_REASON_CHARS, MAX_TYPE_CHARS, Variable
@@ -30,6 +31,8 @@ _PLAIN_ITEMS = 64
 """Up to so many scalars in one container are read at once: there are many such, and they need no memory of cycles."""
 _CHUNK_ITEMS = 4096
 _CHUNK_BYTES = 4 * 1024 * 1024
+_MAX_DEPTH = 200
+"""Of values within values: below Python's own limit on recursion, and the same wherever it is read."""
 _TICKS = 64
 """Values read between two looks at the clock."""
 _TRUSTED = frozenset(
@@ -185,6 +188,8 @@ class Reader:
             self._reach = min(self._reach, level)
             return self._leaf(b"cycle", str(len(self._path) - level).encode())
         level = self._path[key] = len(self._path)
+        if level > _MAX_DEPTH:
+            raise Unreadable("it is nested too deeply")
         outer, self._reach = self._reach, sys.maxsize
         try:
             digest = way(self, value)
@@ -281,6 +286,14 @@ class Reader:
         parts = [getattr(value, name, None) for name in ("fget", "fset", "fdel", "__func__", "func", "__doc__")]
         return self._joined(b"D", [self._leaf(b"T", type(value).__name__.encode()), *map(self._digest, parts)])
 
+    def _cache(self, value: Any) -> bytes:
+        """A function under functools.lru_cache; not what it has cached."""
+        return self._joined(b"L", [self._digest(value.cache_parameters()), self._digest(value.__wrapped__)])
+
+    def _type_variable(self, value: Any) -> bytes:
+        parts = value.__module__, value.__name__, value.__bound__, value.__constraints__
+        return self._joined(b"V", [self._digest(part) for part in parts])
+
     def _class(self, value: Any) -> bytes:
         if is_importable(value) or not is_local(value):
             return self._named(value)
@@ -329,6 +342,8 @@ class Reader:
         except BaseException as exc:  # noqa: BLE001  # locks and generators say no by TypeError, user code by anything
             return self._opaque(kind, _told(exc))
         if type(reduced) is str:
+            if getattr(value, "__module__", None) in (None, "__main__"):
+                return self._opaque(kind, "only its name can be stored")
             return self._leaf(b"G", f"{type_name(kind)}\0{reduced}".encode("utf-8", "replace"))
         if type(reduced) is not tuple or not 2 <= len(reduced) <= 6:
             return self._opaque(kind, "its reduction is not one")
@@ -377,26 +392,6 @@ _FUNCTION_PARTS = (
     "__annotations__",
     "__dict__",
 )
-
-_WAYS: Dict[type, Callable[[Reader, Any], bytes]] = {
-    list: Reader._list,
-    tuple: Reader._tuple,
-    dict: Reader._dict,
-    set: Reader._set,
-    frozenset: Reader._set,
-    bytearray: Reader._bytearray,
-    pickle.PickleBuffer: Reader._pickle_buffer,
-    types.MappingProxyType: Reader._mapping,
-    types.ModuleType: Reader._module,
-    types.CellType: Reader._cell,
-    types.CodeType: Reader._code,
-    types.FunctionType: Reader._function,
-    property: Reader._descriptor,
-    staticmethod: Reader._descriptor,
-    classmethod: Reader._descriptor,
-    functools.cached_property: Reader._descriptor,
-    type: Reader._class,
-}
 
 
 def _package(value: Any) -> str:
@@ -457,3 +452,26 @@ def read_variable(reader: Reader, value: Any) -> Variable:
     except Unreadable as exc:
         return Variable(kind, unread=clip(str(exc)))
     return Variable(kind, reading.size, reading.fingerprint, reading.obstacle)
+
+
+_WAYS: Dict[type, Callable[[Reader, Any], bytes]] = {
+    list: Reader._list,
+    tuple: Reader._tuple,
+    dict: Reader._dict,
+    set: Reader._set,
+    frozenset: Reader._set,
+    bytearray: Reader._bytearray,
+    pickle.PickleBuffer: Reader._pickle_buffer,
+    types.MappingProxyType: Reader._mapping,
+    types.ModuleType: Reader._module,
+    types.CellType: Reader._cell,
+    types.CodeType: Reader._code,
+    types.FunctionType: Reader._function,
+    property: Reader._descriptor,
+    staticmethod: Reader._descriptor,
+    classmethod: Reader._descriptor,
+    functools.cached_property: Reader._descriptor,
+    type(functools.lru_cache(is_importable)): Reader._cache,
+    typing.TypeVar: Reader._type_variable,
+    type: Reader._class,
+}
