@@ -93,6 +93,14 @@ class ToolCalls:
         self._waiting.clear()
         for loop, future in abandoned:
             _from_any_thread(loop, future.cancel)
+        watching = list(self._watching)
+        self._watching.clear()
+        for loop in watching:
+            # The loop of the cells rests now, and a fork may come before it runs again.
+            if loop.is_running():
+                _from_any_thread(loop, self._unregister, loop)
+            else:
+                self._unregister(loop)
 
     def _function(self, name: str, parameters: Tuple[str, ...]) -> Any:
         cell = self._cell
@@ -135,10 +143,12 @@ class ToolCalls:
                 raise RuntimeError(over)
             answer: ToolResult = await future
         finally:
-            self._unwatch(loop)
-            if self._pending.pop(number, None) is not None and self._is_open(cell):
-                self._send(ToolCancel(number))
-            self._give_place()
+            waited = self._pending.pop(number, None) is not None
+            if self._is_open(cell):
+                self._unwatch(loop)
+                if waited:
+                    self._send(ToolCancel(number))
+                self._give_place()
         if answer.error:
             raise _exception(answer)
         return answer.value
@@ -162,8 +172,12 @@ class ToolCalls:
         self._watching[loop] -= 1
         if not self._watching[loop]:
             del self._watching[loop]
-            if not loop.is_closed():
-                loop.remove_reader(self._inbox.fd)
+            self._unregister(loop)
+
+    def _unregister(self, loop: Any) -> None:
+        """Unless the loop has come to wait for calls again meanwhile."""
+        if loop not in self._watching and not loop.is_closed():
+            loop.remove_reader(self._inbox.fd)
 
     def _on_readable(self) -> None:
         shielded = self._gate.shield()

@@ -123,6 +123,35 @@ print(sorted(found))
     assert out(shared, "print(await asyncio.gather(*map(helper, range(5))))", add=add) == "[10, 11, 12, 13, 14]"
 
 
+def test_a_call_that_outlived_its_cell_holds_up_nobody(shared: Sandbox) -> None:
+    """What waits when its cell ends is cancelled; later cells, threads and forks call as if it had not been."""
+    code = """
+import asyncio, threading
+task = asyncio.ensure_future(add(1))
+async def stay():
+    waiting = asyncio.ensure_future(add(2))
+    await asyncio.sleep(0)
+    begun.set()
+    while not done.is_set():
+        await asyncio.sleep(0.001)
+    return waiting
+begun, done = threading.Event(), threading.Event()
+thread = threading.Thread(target=lambda: found.append(asyncio.run(stay())))
+found = []
+thread.start()
+begun.wait()
+await asyncio.sleep(0)
+"""
+    types = [event.type for event in shared.run_code_stream(code, tools={"add": ["a"]})]
+    assert types == ["tool_call", "tool_call", "exit"]
+    with shared.fork()[0] as child:
+        later = child.run_code("print(await add(5))\nprint(task.cancelled())", tools={"add": add}, tool_timeout=10)
+        assert later.stdout == "15\nTrue", later.stderr
+    assert out(shared, "print(await add(5), task.cancelled())", add=add) == "15 True"
+    code = "done.set()\nthread.join()\nprint(found[0].cancelled())"
+    assert shared.run_code(code).stdout == "True"
+
+
 def test_a_process_that_the_code_forks_cannot_call(shared: Sandbox) -> None:
     """A call from another process raises there and disturbs nobody."""
     code = """
