@@ -20,5 +20,5 @@ freeze() { # LOCK REQUIREMENT...
 }
 
 freeze dev.lock '.[dev]'
-freeze real-client.lock 'podflare==0.0.22'
+freeze real-client.lock 'podflare==0.0.22' 'anthropic==0.125.0' # a version of before 1.0, with another HTTP library
 printf 'podflare==0.0.22\n' >>requirements/real-client.lock

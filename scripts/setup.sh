@@ -2,7 +2,7 @@
 # Makes .venv in the checkout, with podflare (editable) and every extra.  Returns at once when nothing changed.
 #
 #   scripts/setup.sh                 the development environment
-#   scripts/setup.sh --real-client   besides it .venv-client, holding the published client that tests/compat drives
+#   scripts/setup.sh --real-client   besides it .venv-client, holding published clients that tests drive: podflare's, and an old one of Anthropic's
 #
 # PYTHON=/path/to/python3 chooses the interpreter.
 set -euo pipefail
@@ -100,12 +100,12 @@ client_environment() {
   stamp=.venv-client/.setup-stamp
   [ "$(cat $stamp 2>/dev/null || true)" = "$now" ] && return
   writable .venv-client || return 0
-  printf 'setup: .venv-client with the published client\n'
+  printf 'setup: .venv-client with the published clients\n'
   fresh_environment .venv-client "$(choose_python)"
   if .venv-client/bin/python -m pip install -qq -r requirements/real-client.lock; then
     printf '%s\n' "$now" >$stamp
   else
-    printf 'setup: the published client could not be installed; tests/compat will skip the tests that drive it\n' >&2
+    printf 'setup: the published clients could not be installed; tests that drive them will be skipped\n' >&2
   fi
 }
 

@@ -291,7 +291,8 @@ def events(message: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _pieces(text: str) -> list[str]:
-    return [text[at : at + 7] for at in range(0, len(text), 7)]
+    size = max(7, len(text) // 100)
+    return [text[at : at + size] for at in range(0, len(text), size)]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -371,6 +372,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(data)))
+        self.send_header("connection", "close")  # a kept one would look like a leak of the test that opened it
+        self.close_connection = True
         self.end_headers()
         self.wfile.write(data)
 
