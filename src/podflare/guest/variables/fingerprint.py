@@ -330,8 +330,11 @@ class Reader:
 
     def _reduced(self, value: Any) -> bytes:
         kind = type(value)
-        if kind is getattr(sys.modules.get("numpy"), "ndarray", None) and not value.dtype.hasobject:
-            return self._array(value)
+        if kind is getattr(sys.modules.get("numpy"), "ndarray", None):
+            if not value.dtype.hasobject:
+                return self._array(value)
+            if self._max_bytes is not None and value.nbytes > self._max_bytes:
+                raise Unreadable("it is too large")  # its reduction is a list of them all
         reduce = copyreg.dispatch_table.get(kind)
         if self._quick:
             self._demand_harmless(kind, value)
@@ -347,6 +350,8 @@ class Reader:
             return self._leaf(b"G", f"{type_name(kind)}\0{reduced}".encode("utf-8", "replace"))
         if type(reduced) is not tuple or not 2 <= len(reduced) <= 6:
             return self._opaque(kind, "its reduction is not one")
+        if _package(kind) == "pandas" and len(reduced) > 2:
+            reduced = (*reduced[:2], _without_caches(reduced[2]), *reduced[3:])
         parts = [self._digest(part) for part in reduced[:3]]
         for number, iterator in enumerate(reduced[3:5]):
             parts.append(b"0123"[number : number + 1])
@@ -360,7 +365,7 @@ class Reader:
     def _demand_harmless(self, kind: type, value: Any) -> None:
         """Raises: Unreadable if reducing it would run code of the user's, or copy much."""
         package = _package(kind)
-        if package in _TRUSTED:
+        if package in _TRUSTED or package.startswith("_cython_"):
             return
         for name in _OWN_STATE:
             found = getattr(kind, name, None)
@@ -398,6 +403,13 @@ def _package(value: Any) -> str:
     """To which a class or one of its methods belongs."""
     module = getattr(value, "__module__", None) or getattr(getattr(value, "__objclass__", None), "__module__", "")
     return str(module).partition(".")[0]
+
+
+def _without_caches(state: Any) -> Any:
+    """The state of a pandas object without what comes and goes when it is only looked at."""
+    if type(state) is dict:
+        return {key: item for key, item in state.items() if key not in ("_cache", "_readonly")}
+    return tuple(map(_without_caches, state)) if type(state) is tuple else state
 
 
 def _is_plain(kind: type, value: Any) -> bool:
