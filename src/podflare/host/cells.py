@@ -393,6 +393,8 @@ class Cell:
                 return b"", True
             self._awake.clear()
             chunk = self._feed.take()
+            if not self._feed:
+                self._calls.all_told()
             last = self.over and not self._feed
             if last:
                 self._cancel_beat()

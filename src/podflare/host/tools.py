@@ -14,6 +14,11 @@ from podflare.wire.codec import encode_object
 from podflare.wire.messages import ToolCall, ToolCancel, ToolResult
 from podflare.wire.tools import MAX_PENDING_BYTES, MAX_PENDING_CALLS, Tools
 
+MAX_UNTOLD_BYTES = 2 * MAX_PENDING_BYTES
+"""Of calls that the client was not sent yet, also those that do not wait any more."""
+EVENT_BYTES = 1024
+"""What a call costs besides its input."""
+
 CANCELLED = "cancelled"
 TIMED_OUT = "timed_out"
 
@@ -49,6 +54,7 @@ class ToolCalls:
         self._changed = changed
         self._issued = 0
         self._bytes = 0
+        self._untold = 0
         self._pending: dict[str, _Pending] = {}
         self._ids: dict[int, str] = {}
 
@@ -59,11 +65,16 @@ class ToolCalls:
         if message.call in self._ids:
             raise ProtocolError(f"tool call {message.call} twice")
         size = len(encode_object(message.input))
+        refused = ""
         if len(self._pending) >= MAX_PENDING_CALLS or self._bytes + size > MAX_PENDING_BYTES:
-            text = f"{len(self._pending)} tool calls with {self._bytes} bytes of input wait already in this cell"
-            self._reply(ToolResult(message.call, error="RuntimeError", message=text))
+            refused = f"{len(self._pending)} tool calls with {self._bytes} bytes of input wait already in this cell"
+        elif self._untold > MAX_UNTOLD_BYTES:
+            refused = "the client does not take the events of this cell"
+        if refused:
+            self._reply(ToolResult(message.call, error="RuntimeError", message=refused))
             return
         self._issued += 1
+        self._untold += size + EVENT_BYTES
         call_id = f"{self._prefix}_{self._issued}"
         timer = asyncio.get_running_loop().call_later(self._timeout_s, self._time_out, call_id)
         self._pending[call_id] = _Pending(message.call, message.name, size, timer)
@@ -72,6 +83,10 @@ class ToolCalls:
         self._emit(events.TOOL_CALL, {"call_id": call_id, "name": message.name, "input": message.input})
         if len(self._pending) == 1:
             self._changed(True)
+
+    def all_told(self) -> None:
+        """The client took every event so far."""
+        self._untold = 0
 
     def on_cancel(self, message: ToolCancel) -> None:
         """Of a call that has its answer already: nothing, the two have crossed."""

@@ -353,6 +353,28 @@ async def test_a_flood_of_calls_is_bounded(scripted):
         assert (answers[0].call, answers[0].error) == (MAX_PENDING_CALLS + 1, "RuntimeError")
 
 
+async def test_calls_that_the_client_does_not_take_are_bounded(scripted):
+    """While the client reads nothing, calls are refused from a size on, also if each is given up at once."""
+    refused: list[ToolResult] = []
+
+    async def script(guest: ScriptedGuest) -> None:
+        await guest.ready()
+        channel, _ = await guest.next_exec()
+        for number in range(1, 100):
+            await guest.say(channel, ToolCall(number, "query", {"a": "x" * (MAX_INPUT_BYTES - 100)}))
+            await guest.say(channel, ToolCancel(number))
+        _, message = await guest.next_message()
+        assert isinstance(message, ToolResult)
+        refused.append(message)
+
+    async with scripted(script) as h:
+        sandbox = await h.create()
+        async with streaming(h, sandbox, "1"):
+            await wait_until(lambda: bool(refused))
+    assert (refused[0].error, refused[0].call < 60) == ("RuntimeError", True)
+    assert "does not take the events" in refused[0].message
+
+
 async def test_a_guest_that_ends_with_open_calls_leaves_none(scripted):
     """After the end of the cell no timer of a call is left that could speak for it."""
     heard: list[object] = []
