@@ -148,7 +148,7 @@ def show(
         ("directory", str(store.tree(manifest))),
         ("preload", " ".join(manifest.preload)),
         ("environment", " ".join(f"{key}={value}" for key, value in manifest.environment)),
-        ("files", " ".join((*manifest.files, *manifest.folders))),
+        ("files", " ".join((*(target for target, _ in manifest.files), *manifest.folders))),
         ("missing programs", " ".join(f"{program} ({package})" for program, package in manifest.missing_programs)),
         ("packages", " ".join(f"{package}=={version}" for package, version in manifest.packages)),
     ]

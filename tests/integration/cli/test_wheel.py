@@ -31,6 +31,7 @@ def test_the_wheel_alone_runs_a_sandbox(cli: Cli, tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
+        assert "podflare/engines/templates/definitions/python-datasci.toml" in archive.namelist()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PODFLARE_")}
     code = (
         "import podflare, sys; sys.stderr.write(podflare.__file__); "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import signal
 import tempfile
 import time
@@ -19,11 +20,15 @@ from anyio.from_thread import BlockingPortal
 from machines import LIMITS, DrivenMachine
 from podflare.engines.base import EngineOptions, MachineSpec
 from podflare.engines.process.engine import ProcessEngine
+from podflare.engines.process.facts import read_facts
+from podflare.engines.process.template_plan import plan_template
+from podflare.engines.process.zygote import Zygote
 from podflare.engines.templates.build import build
 from podflare.engines.templates.definition import parse
 from podflare.engines.templates.pip import Sources
 from podflare.engines.templates.store import TemplateStore
 from podflare.errors import TemplateFailed, UnknownTemplate
+from podflare.wire.plan import IdMap
 from wheels import make_wheel
 
 # What it sees while it is imported is what a hostile package would see.
@@ -258,27 +263,58 @@ def test_changes_are_found_by_a_running_engine(portal: BlockingPortal, root: Pat
 
     The sandbox that was there before lives through all of it.
     """
+    store = TemplateStore(root / "store")
+    trees = store.root / "trees"
+    shutil.copytree(store.tree(store.read("tiny")), trees / "before")
+    for name in ("packages", "folders", "files"):
+        (trees / "after" / name).mkdir(parents=True)
+    (trees / "after" / "lock").touch()
     with started(portal, root) as engine:
-        copy_template(root, "tiny", "late")
+        copy_template(root, "tiny", "late", key="before")
         first = create(portal, engine, "late")
-        tree = TemplateStore(root / "store").tree(TemplateStore(root / "store").read("late"))
-        rebuilt = tree.with_name("rebuilt")
-        for name in ("packages", "folders", "files"):
-            (rebuilt / name).mkdir(parents=True)
-        (rebuilt / "lock").touch()
-        copy_template(root, "tiny", "late", key="rebuilt", preload=(), files=(), folders=())
+        copy_template(root, "tiny", "late", key="after", preload=(), files=(), folders=())
         second = create(portal, engine, "late")
         assert second.run("import snoop").error.name == "ModuleNotFoundError"
         kill_zygotes()
         third = create(portal, engine, "late")
-        (root / "store" / "late.json").unlink()
+        store.remove("late")  # and every tree that no name means and nobody uses
         with pytest.raises(UnknownTemplate):
             create(portal, engine, "late")
+        assert (trees / "before").exists() and (trees / "after").exists()
         assert first.run("import snoop; print(open('/data/set/rows').read())").stdout == "1\n2\n\n"
         (child,) = first.fork()
-        for machine in (child, first, second, third):
+        first.close()
+        assert child.run("import snoop; print(open('/data/set/rows').read())").stdout == "1\n2\n\n"
+        for machine in (child, second, third):
             assert machine.run("print(1)").stdout == "1\n"
             machine.close()
+    copy_template(root, "tiny", "late")
+    store.remove("late")
+    assert not (trees / "before").exists() and not (trees / "after").exists()
+
+
+def test_without_namespaces_for_ordinary_users_nothing_is_preloaded(portal: BlockingPortal, root: Path) -> None:
+    """Where a process without privileges cannot make a user namespace, no package is imported, and it is told why.
+
+    Ids that no kernel maps stand in for a kernel that lets only root make such namespaces.
+    """
+    store = TemplateStore(root / "store")
+    manifest = store.read("tiny")
+    facts = read_facts(manifest.python)
+    with tempfile.TemporaryDirectory(prefix="z", dir=root.parent) as folder:
+        stage, machines = Path(folder, "stage"), Path(folder, "machines")
+        stage.mkdir()
+        machines.mkdir()
+        plan = plan_template(
+            facts, manifest, str(store.tree(manifest)), mine=True, map_ids=False,
+            stage_dir=str(stage), machines_dir=str(machines), filters=(),
+        )  # fmt: skip
+        zygote = Zygote(facts.python, Path(folder, "bundle"))
+        portal.call(zygote.start, replace(plan, ids=IdMap(plan.ids.first, 0)))
+        try:
+            assert "Invalid argument" in zygote.cold and zygote.alive
+        finally:
+            portal.call(zygote.aclose)
 
 
 def kill_zygotes() -> None:

@@ -21,7 +21,7 @@ MANIFEST = Manifest(
     packages=(("numpy", "2.0"),),
     preload=("numpy",),
     environment=(("MODE", "fast"), ("LANG", "de_DE.UTF-8")),
-    files=("/root/a/notes", "/srv/x"),
+    files=(("/root/a/notes", 0o644), ("/srv/x", 0o755)),
     folders=("/data/set",),
     missing_programs=(),
 )
@@ -65,6 +65,7 @@ def test_mount_points_and_files_have_their_directories() -> None:
         seen.add(entry.path)
     assert {"/opt/template/packages", "/data/set", "/root/a/notes", "/srv/x"} <= seen
     files = {entry.path: entry.copy_of for entry in stage(root=False).skeleton if entry.copy_of}
+    assert {entry.mode for entry in stage(root=False).skeleton if entry.path == "/srv/x"} == {0o755}
     assert files == {"/root/a/notes": "/t/trees/k/files/0", "/srv/x": "/t/trees/k/files/1"}
 
 
@@ -83,7 +84,7 @@ def test_the_largest_template_fits_into_one_packet() -> None:
     """A definition with as many files as it may have still makes a plan that the zygote can read."""
     from podflare.engines.templates.definition import MAX_FILES
 
-    many = tuple(f"/srv/{number:04}{'x' * 390}" for number in range(MAX_FILES))
+    many = tuple((f"/srv/{number:04}{'x' * 390}", 0o644) for number in range(MAX_FILES))
     filters = (b"\0" * 8192, b"\0" * 8192)
     where = {"stage_dir": "/d/stage", "machines_dir": "/d/m", "filters": filters}
     manifest = replace(MANIFEST, files=many)

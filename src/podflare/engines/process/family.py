@@ -21,9 +21,11 @@ MAX_ANSWER_BYTES = 64 * 1024
 class Family:
     """One family process.  Ended by `aclose`, and with it every machine of the family."""
 
-    def __init__(self, control: socket.socket, pidfd: int) -> None:
+    def __init__(self, control: socket.socket, pidfd: int, held: int = -1) -> None:
+        """Args: held: descriptor of what must be there as long as the family is; closed with it."""
         self._control = control
         self._pidfd = pidfd
+        self._held = held
         self._lock = asyncio.Lock()
         self.members = 0
         """Machines that were born and not removed yet; whoever takes the last one away closes the family."""
@@ -87,6 +89,9 @@ class Family:
         pidfd, self._pidfd = self._pidfd, -1
         if pidfd >= 0:
             await end_process(pidfd)
+        held, self._held = self._held, -1
+        if held >= 0:
+            os.close(held)
 
 
 async def end_process(pidfd: int) -> None:

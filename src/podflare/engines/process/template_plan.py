@@ -29,11 +29,11 @@ def plan_template(
     folders = {PACKAGES: f"{tree}/packages"}
     folders.update({target: f"{tree}/folders/{number}" for number, target in enumerate(manifest.folders)})
     files = tuple(
-        SkeletonEntry(target, mode=0o644, copy_of=f"{tree}/files/{number}")
-        for number, target in enumerate(manifest.files)
+        SkeletonEntry(target, mode=mode, copy_of=f"{tree}/files/{number}")
+        for number, (target, mode) in enumerate(manifest.files)
     )
     known = {entry.path for entry in base.skeleton}
-    parents = _missing((*folders, *(posixpath.dirname(target) for target in manifest.files)), known)
+    parents = _missing((*folders, *(posixpath.dirname(target) for target, _ in manifest.files)), known)
     return replace(
         base,
         trees=base.trees

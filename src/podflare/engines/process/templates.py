@@ -28,8 +28,6 @@ class _Warm:
 
     zygote: Zygote
     key: str
-    held: int
-    """Descriptor that keeps the template's tree; -1 where there is none."""
 
 
 class Zygotes:
@@ -118,7 +116,7 @@ class Zygotes:
         def plan(map_ids: bool) -> StagePlan:
             return plan_stage(self._facts, map_ids=map_ids, **self._where())
 
-        return _Warm(await self._start_zygote(self._facts.python, "bundle", plan), "", -1)
+        return _Warm(await self._start_zygote(self._facts.python, "bundle", plan), "")
 
     async def _start_template(self, manifest: Manifest) -> _Warm:
         assert self._store is not None
@@ -141,7 +139,8 @@ class Zygotes:
         except BaseException:
             os.close(held)
             raise
-        return _Warm(zygote, manifest.key, held)
+        zygote.held = held  # locks the tree for its families, too: what they started from must not go before them
+        return _Warm(zygote, manifest.key)
 
     def _where(self) -> dict[str, Any]:
         stage_dir = self._data / "stage"
@@ -175,5 +174,5 @@ class Zygotes:
 
 async def _end(warm: _Warm) -> None:
     await warm.zygote.aclose()
-    if warm.held >= 0:
-        os.close(warm.held)
+    if warm.zygote.held >= 0:
+        os.close(warm.zygote.held)

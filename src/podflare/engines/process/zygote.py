@@ -31,6 +31,8 @@ class Zygote:
         self._control: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = asyncio.Lock()
+        self.held = -1
+        """Descriptor that keeps the files of the template; each family gets a copy, the owner closes this one."""
         self.cold = ""
         """Why nothing was preloaded, though the plan names modules."""
 
@@ -106,7 +108,7 @@ class Zygote:
             answer = await self._answer(ORDER_TIMEOUT_S, want_fd=True)
             if "error" in answer:
                 raise MachineFailed(f"a new sandbox could not be started: {answer['error']}")
-            return Family(ours, int(answer["pidfd"]))
+            return Family(ours, int(answer["pidfd"]), os.dup(self.held) if self.held >= 0 else -1)
         except BaseException:
             ours.close()
             raise

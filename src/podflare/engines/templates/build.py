@@ -150,9 +150,11 @@ def _make(
     return replace(manifest, key=key)
 
 
-def _copy_files(definition: Definition, python: Interpreter, tree: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(targets of single files, targets of directories), copied in that order.  Raises: TemplateFailed."""
-    files: list[str] = []
+def _copy_files(
+    definition: Definition, python: Interpreter, tree: Path
+) -> tuple[tuple[tuple[str, int], ...], tuple[str, ...]]:
+    """Single files as (target, mode), and targets of directories, copied in that order.  Raises: TemplateFailed."""
+    files: list[tuple[str, int]] = []
     folders: list[str] = []
     single_bytes = 0
     for target, source in definition.files:
@@ -172,7 +174,7 @@ def _copy_files(definition: Definition, python: Interpreter, tree: Path) -> tupl
                     "into a directory and name that in 'files'"
                 )
             shutil.copyfile(path, tree / "files" / str(len(files)))
-            files.append(target)
+            files.append((target, 0o755 if os.access(path, os.X_OK) else 0o644))
         else:
             raise TemplateFailed(f"{path}, to be copied to {target}, is neither a file nor a directory")
     return tuple(files), tuple(folders)
@@ -230,8 +232,8 @@ def _file_digests(definition: Definition) -> Iterator[tuple[str, str]]:
         for one in inside:
             try:
                 with one.open("rb") as file:
-                    yield str(one.relative_to(definition.folder.resolve())), _digest_of(file.read)
-            except (OSError, ValueError):
+                    yield f"{one} {os.access(one, os.X_OK)}", _digest_of(file.read)
+            except OSError:
                 yield str(one), ""  # the copy, which follows, says what is wrong with it
 
 

@@ -1,8 +1,9 @@
 """Where built templates are kept, and which of them may be used.
 
 One directory:  <name>.json what the template is now | trees/<key>/ its files, never changed once they are there |
-logs/<name>.log | building-* what is being built.  A rebuilt template gets another tree; the old one goes when no
-daemon uses it any more (a shared lock on its `lock` file).  Read by daemons, written by `podflare template`.
+logs/<name>.log | building-* what is being built.  A rebuilt template gets another tree; the old one goes at the first
+change after the last zygote and sandbox of it (a shared lock on its `lock` file).  Read by daemons, written by
+`podflare template`.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ class Manifest:
     """(name, version), sorted."""
     preload: tuple[str, ...]
     environment: tuple[tuple[str, str], ...]
-    files: tuple[str, ...]
-    """Paths in a machine of single files; the n-th one is files/<n> of the tree."""
+    files: tuple[tuple[str, int], ...]
+    """(path in a machine, mode) of single files; the n-th one is files/<n> of the tree."""
     folders: tuple[str, ...]
     """Paths in a machine of directories; folders/<n> of the tree."""
     missing_programs: tuple[tuple[str, str], ...]
@@ -100,9 +101,9 @@ def decode(data: bytes) -> Manifest:
     body["python"] = Interpreter(
         python["executable"], python["version"], tuple(python["prefixes"]), tuple(python["site_directories"])
     )
-    for key in ("preload", "files", "folders"):
+    for key in ("preload", "folders"):
         body[key] = tuple(body[key])
-    for key in ("packages", "environment", "missing_programs"):
+    for key in ("packages", "environment", "files", "missing_programs"):
         body[key] = tuple((first, second) for first, second in body[key])
     return Manifest(**body)
 
