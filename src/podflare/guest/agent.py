@@ -59,6 +59,7 @@ def run(
     before_repl: Callable[[], None],
     fork_line: Optional[int] = None,
     hand_over: Optional[Callable[[List[int]], None]] = None,
+    carrier: Optional[int] = None,
 ) -> NoReturn:
     """Serve the host at the other end of `channel` until it closes it; then end every process below and exit.
 
@@ -71,12 +72,13 @@ def run(
         before_repl: called in every new REPL process before it does anything.
         fork_line: descriptor on which the REPL takes fork orders; None where the engine forks by other means.
         hand_over: the first REPL is forked from another machine's: see Interpreter.adopt.
+        carrier: the first REPL is copied from another machine's: see Interpreter.await_carried.
     """
     status = 1
     census: Optional[processes.Census] = None
     try:
         census = processes.Census()
-        Agent(channel, census, home, before_repl, fork_line).serve(hand_over)
+        Agent(channel, census, home, before_repl, fork_line).serve(hand_over, carrier)
         status = 0
     except (GuestBroken, ProtocolError) as exc:
         _complain(str(exc))
@@ -145,6 +147,8 @@ class Agent:
         self._host = Link(channel)
         self._output = Output()
         self._interpreter = Interpreter(self._output, census, home, before_repl, fork_line)
+        self._forked = False
+        """The first REPL has another machine's memory, and no fresh one will do instead."""
         self._adopted: Optional[int] = None
         """Pidfd of a REPL that is not a child of this process."""
         self._files = files.Transfers(self._host, home)
@@ -160,10 +164,13 @@ class Agent:
         self._wake = _quiet_signals()
         self._stream_handlers = [self._stream_handler(stream) for stream in self._output.streams]
 
-    def serve(self, hand_over: Optional[Callable[[List[int]], None]] = None) -> None:
+    def serve(self, hand_over: Optional[Callable[[List[int]], None]] = None, carrier: Optional[int] = None) -> None:
         """Until the host closes the channel.  Raises: GuestBroken; ProtocolError if the host breaks the protocol."""
         self._poller.watch(self._wake, READ, self._on_children)
-        if hand_over is None:
+        self._forked = hand_over is not None or carrier is not None
+        if carrier is not None:
+            self._interpreter.await_carried(carrier)
+        elif hand_over is None:
             self._interpreter.start()
         else:
             self._adopted = self._interpreter.adopt(hand_over)
@@ -408,6 +415,8 @@ class Agent:
             except (EOFError, ProtocolError):
                 pass  # nothing more, or nothing that counts any more
         self._drop_interpreter_link()
+        if self._forked and not self._ready_sent:
+            raise GuestBroken(f"the forked Python process {words} before it was ready")
         self._restarted = True
         self._say_aside(f"the Python process {words}; a new one was started, all variables are lost")
         cell = self._cell

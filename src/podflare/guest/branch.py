@@ -5,9 +5,10 @@ main thread, when the daemon orders it over the fork line.  The daemon does not 
 child from outside before it lets it go.
 
 Order on the line, a SOCK_SEQPACKET socket, all JSON: n times {"order", "child": i} with ChildFds, then {"order",
-"fork": n, "reseed", "timeout_s"}; answer {"order", "forked": bool}.  An order may be given up half way; then another
-number follows.  A REPL that replaces one that ended says {"started"} first.  Each child says {"born": report} on the
-line of its own machine and waits for "go".
+"fork": n, "reseed", "timeout_s"}; answer {"order", "forked": bool}.  Or {"order", "carry": true, "reseed", "timeout_s"}
+with a socket, for a copy where no fork can reach (passage.py); answered alike.  An order may be given up half way; then
+another number follows.  A REPL that replaces one that ended says {"started"} first.  Each child says {"born": report}
+on the line of its own machine and waits for "go".
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import select
 import signal
 import socket
 import sys
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, TypeVar
 
 from podflare.guest import databases, inheritance, randomness
 from podflare.guest import syscalls as sc
@@ -69,7 +70,12 @@ class ForkLine:
         self.forking = False
         """True while a fork of ours runs: hooks that user forks trigger must keep still."""
 
-    def wait(self, link_fd: int, branch: Callable[[List[ChildFds], bool, float], None]) -> None:
+    def wait(
+        self,
+        link_fd: int,
+        branch: Callable[[List[ChildFds], bool, float], None],
+        depart: Callable[[int, bool, float], None],
+    ) -> None:
         """Return when `link_fd` has something to read; meanwhile obey the line."""
         while True:
             poll = select.poll()
@@ -77,11 +83,13 @@ class ForkLine:
             poll.register(self.fd, select.POLLIN)
             ready = {fd for fd, _ in poll.poll()}
             if self.fd in ready:
-                self._obey(branch)
+                self._obey(branch, depart)
             elif link_fd in ready:
                 return
 
-    def _obey(self, branch: Callable[[List[ChildFds], bool, float], None]) -> None:
+    def _obey(
+        self, branch: Callable[[List[ChildFds], bool, float], None], depart: Callable[[int, bool, float], None]
+    ) -> None:
         with socket.socket(fileno=os.dup(self.fd)) as line:
             data, fds, _, _ = socket.recv_fds(line, MAX_PACKET_BYTES, ChildFds.COUNT)
         if not data:
@@ -93,6 +101,9 @@ class ForkLine:
             self._waiting, self._order = [], order["order"]
         if "child" in order:
             self._waiting.append(ChildFds(fds))
+            return
+        if "carry" in order:
+            depart(fds[0], bool(order["reseed"]), float(order["timeout_s"]))
             return
         children, self._waiting = self._waiting, []
         if len(children) != order["fork"]:
@@ -126,9 +137,40 @@ def fork_children(children: List[ChildFds], timeout_s: float) -> "Optional[Child
     Raises: OSError in the parent if not all were forked within timeout_s (user code runs in hooks of os.fork);
         what was forked is ended by the daemon.
     """
+
+    def fork_all() -> "Optional[ChildFds]":
+        for child in children:
+            sc.setns(child.namespaces[0], sc.CLONE_NEWPID)  # where the next fork is born
+            if _fork() == 0:
+                return child
+        return None
+
+    return _fork_from_middle(fork_all, timeout_s)
+
+
+def fork_aside(timeout_s: float) -> bool:
+    """Fork this process where it is.  True in the copy.  Raises: as `fork_children`."""
+    return bool(_fork_from_middle(lambda: None if _fork() else True, timeout_s))
+
+
+Forked = TypeVar("Forked")
+
+
+def _fork_from_middle(fork_all: "Callable[[], Optional[Forked]]", timeout_s: float) -> "Optional[Forked]":
+    """Call `fork_all` in a middle process, whose end makes its children orphans: the parent's wait() must not see them.
+
+    Returns: None in the parent; what `fork_all` returned in a child that it forked.
+    """
     middle = _fork()
     if middle == 0:
-        return _fork_from_middle(children)
+        try:
+            forked = fork_all()
+            if forked is not None:
+                return forked
+        except BaseException as exc:  # noqa: BLE001  # nothing may return into the parent's code
+            os.write(2, f"podflare: fork: {type(exc).__name__}: {exc}\n".encode())
+            _exit(1)
+        _exit(0)
     pidfd = os.pidfd_open(middle)
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
@@ -139,20 +181,6 @@ def fork_children(children: List[ChildFds], timeout_s: float) -> "Optional[Child
     if status != 0:
         raise OSError("the children could not be forked")
     return None
-
-
-def _fork_from_middle(children: List[ChildFds]) -> ChildFds:
-    """In a middle process, whose end makes the children orphans: the parent's wait() must not see them."""
-    try:
-        for child in children:
-            sc.setns(child.namespaces[0], sc.CLONE_NEWPID)  # where the next fork is born
-            if _fork() == 0:
-                return child
-    except BaseException as exc:  # noqa: BLE001  # nothing may return into the parent's code
-        os.write(2, f"podflare: fork: {type(exc).__name__}: {exc}\n".encode())
-        _exit(1)
-    _exit(0)
-    raise AssertionError  # for the type checker, which does not know _exit under this name
 
 
 class Newborn:
@@ -170,17 +198,19 @@ class Newborn:
         """In the parent."""
         os.close(self._shm)
 
-    def enter(self, mine: ChildFds, ours: "set[int]") -> "Dict[str, object]":
-        """Move into the machine of `mine`; what is lost on the way is told.
+    def look(self, ours: "set[int]") -> "Dict[str, object]":
+        """Before it leaves its parent's machine: what it holds of it.  Tells what will be lost.
 
         Args:
             ours: descriptors that belong to the REPL itself and are dealt with by the caller.
         """
-        inherited = inheritance.survey(ours | {self._shm}, self._duplicates)
+        self._inherited = inheritance.survey(ours | {self._shm}, self._duplicates)
+        return {"threads": self._threads, "processes": self._processes, **self._inherited.losses()}
+
+    def enter(self, mine: ChildFds) -> None:
+        """Move into the machine of `mine`."""
         for fd, kind in zip(mine.namespaces[1:], ChildFds.NAMESPACES[1:]):
             sc.setns(fd, kind)
-        self._inherited = inherited
-        return {"threads": self._threads, "processes": self._processes, **inherited.losses()}
 
     def settle(self) -> "List[str]":
         """After the daemon's go: own files, shared memory, directory, randomness.  Returns notes on what went wrong."""

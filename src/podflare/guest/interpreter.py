@@ -15,7 +15,7 @@ import time
 from typing import Callable, List, Optional, Tuple, Union
 
 from podflare.errors import ProtocolError
-from podflare.guest import processes, repl
+from podflare.guest import passage, processes, repl
 from podflare.guest.link import Link
 from podflare.guest.output import Output
 from podflare.wire import frames
@@ -116,6 +116,28 @@ class Interpreter:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
         self.link = Link(ours)
         return os.pidfd_open(self.pid)
+
+    def await_carried(self, carrier: int) -> None:
+        """Fork a process into which a REPL's memory is carried (passage.py), instead of starting a REPL.
+
+        Args:
+            carrier: socket to the process that carries it; closed here.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        assert self._fork_line is not None
+        pid = self._fork()
+        if pid == 0:
+            try:
+                os.setsid()
+                self._before_repl()
+                stdout, stderr = self._output.stdout.write_fd, self._output.stderr.write_fd
+                own = {"control": theirs.fileno(), "stdout": stdout, "stderr": stderr, "line": self._fork_line}
+                passage.await_memory(carrier, own)
+            finally:
+                os._exit(1)
+        theirs.close()
+        os.close(carrier)
+        self.pid, self.link = pid, Link(ours)
 
     def _fork(self) -> int:
         for _ in range(_FORK_TRIES):

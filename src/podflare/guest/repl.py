@@ -15,10 +15,10 @@ import select
 import signal
 import socket
 import sys
-from typing import Any, Callable, List, NoReturn, Optional, Tuple
+from typing import Any, Callable, Dict, List, NoReturn, Optional, Tuple
 
-from podflare.guest import display, environment, namespace, randomness, tracebacks
-from podflare.guest.branch import HELLO, ChildFds, ForkLine, Newborn, fork_children
+from podflare.guest import display, environment, namespace, passage, randomness, tracebacks
+from podflare.guest.branch import HELLO, ChildFds, ForkLine, Newborn, fork_aside, fork_children
 from podflare.guest.cells import NO_VALUE, Awaiter, Compiler, exit_status
 from podflare.guest.descriptors import close_all_but
 from podflare.guest.interrupts import InterruptGate
@@ -168,7 +168,7 @@ class Repl:
         self._link.send(0, Ready(protocol=PROTOCOL, python=platform.python_version()))
         while True:
             if self._line is not None and self._link.empty:
-                self._line.wait(self._link.fd, self._branch)
+                self._line.wait(self._link.fd, self._branch, self._depart)
             frame = self._link.next_frame()
             if frame is None:
                 return
@@ -339,15 +339,68 @@ class Repl:
         own = {self._link.fd, self._line.fd, *self._streams.descriptors}
         passed = {fd for child in siblings for fd in child.all()}
         try:
-            losses = newborn.enter(mine, own | passed)
+            losses = newborn.look(own | passed)
+            newborn.enter(mine)
         except BaseException as exc:  # noqa: BLE001  # the daemon tells it; this process has nowhere to go
             os.write(mine.line, json.dumps({"died": f"{type(exc).__name__}: {exc}"}).encode())
             os._exit(1)
-        os.dup2(mine.control, self._link.fd, inheritable=False)
-        os.dup2(mine.line, self._line.fd, inheritable=False)
-        self._streams.move_to(mine.stdout, mine.stderr)
+        self._move_in(mine.control, mine.line, mine.stdout, mine.stderr)
         for child in siblings:
             child.close()
+        self._settle(newborn, losses)
+        os.write(self._link.fd, HELLO)
+        self._link.send(0, Ready(protocol=PROTOCOL, python=platform.python_version()))
+
+    def _depart(self, carrier: int, reseed: bool, timeout_s: float) -> None:
+        """Obey a carry order.  Returns in the parent and, as the REPL of another machine, in the copy."""
+        line = self._line
+        assert line is not None
+        self._streams.flush()
+        self._variables.fork_comes()
+        newborn, why, copied = Newborn(reseed), "", False
+        line.forking = True
+        try:
+            copied = fork_aside(timeout_s)
+        except OSError as exc:
+            why = str(exc)
+        finally:
+            line.forking = False
+        if copied:
+            self._begin_elsewhere(newborn, carrier)
+            return
+        newborn.forget()
+        os.close(carrier)
+        line.answer(not why, why)
+
+    def _begin_elsewhere(self, newborn: Newborn, carrier: int) -> None:
+        """In the copy: be carried into another machine, then wait for cells there."""
+        assert self._line is not None
+        try:
+            losses = newborn.look({self._link.fd, self._line.fd, carrier, *self._streams.descriptors})
+            mine = passage.leave(carrier)
+        except BaseException:  # noqa: BLE001  # the carrier finds the socket closed, and tells the daemon
+            os._exit(1)
+        try:
+            os.close(carrier)
+            self._move_in(mine["control"], mine["line"], mine["stdout"], mine["stderr"])
+            for fd in mine.values():
+                os.close(fd)
+            self._settle(newborn, losses)
+        except BaseException as exc:  # noqa: BLE001  # as in _begin_life
+            self._line.say({"died": f"{type(exc).__name__}: {exc}"})
+            os._exit(1)
+        self._link.send(0, Ready(protocol=PROTOCOL, python=platform.python_version()))
+
+    def _move_in(self, control: int, line: int, stdout: int, stderr: int) -> None:
+        """Speak with another agent and daemon from now on."""
+        assert self._line is not None
+        os.dup2(control, self._link.fd, inheritable=False)
+        os.dup2(line, self._line.fd, inheritable=False)
+        self._streams.move_to(stdout, stderr)
+
+    def _settle(self, newborn: Newborn, losses: Dict[str, object]) -> None:
+        """Report, wait for the daemon's go, make this process independent of its parent."""
+        assert self._line is not None
         self._pid = os.getpid()
         self._line.say({"born": losses})
         if os.read(self._line.fd, 16) != b"go":
@@ -355,5 +408,3 @@ class Repl:
         for note in newborn.settle():
             self._note(f"fork: {note}")
         self._awaiter.after_fork()
-        os.write(self._link.fd, HELLO)
-        self._link.send(0, Ready(protocol=PROTOCOL, python=platform.python_version()))

@@ -54,6 +54,9 @@ _NUMBERS = {
     "capget": (125, 90),
     "capset": (126, 91),
     "renameat2": (316, 276),
+    "ptrace": (101, 117),
+    "rt_sigaction": (13, 134),
+    "sigaltstack": (131, 132),
     "seccomp": (317, 277),
     "open_tree": (428, 428),
     "move_mount": (429, 429),
@@ -263,3 +266,77 @@ def copy_shared_mapping(start: int, length: int, protection: int) -> None:
         ctypes.c_void_p(start),
     )
     _check(-1 if moved == _FAILED else 0, f"mremap to {start:#x}")
+
+
+PTRACE_SINGLESTEP = 9
+PTRACE_DETACH = 17
+PTRACE_GETREGSET = 0x4204
+PTRACE_SETREGSET = 0x4205
+PTRACE_SEIZE = 0x4206
+PTRACE_INTERRUPT = 0x4207
+PTRACE_O_EXITKILL = 1 << 20
+_MAX_REGISTERS = 32 * 1024
+
+
+def ptrace(request: int, pid: int, address: int = 0, data: int = 0) -> None:
+    """One ptrace(2) request that carries no buffer."""
+    result = _libc.syscall(
+        ctypes.c_long(_NUMBERS["ptrace"][_COLUMN]),
+        ctypes.c_long(request),
+        ctypes.c_long(pid),
+        ctypes.c_void_p(address),
+        ctypes.c_void_p(data),
+    )
+    _check(result, f"ptrace({request:#x}) of {pid}")
+
+
+def get_registers(pid: int, kind: int) -> bytes:
+    """One register set (an NT_* number of elf.h) of a stopped tracee."""
+    buffer = ctypes.create_string_buffer(_MAX_REGISTERS)
+    vector = ctypes.create_string_buffer(struct.pack("PL", ctypes.addressof(buffer), _MAX_REGISTERS))
+    ptrace(PTRACE_GETREGSET, pid, kind, ctypes.addressof(vector))
+    return buffer.raw[: struct.unpack("PL", vector.raw[:16])[1]]
+
+
+def set_registers(pid: int, kind: int, content: bytes) -> None:
+    """Replace one register set of a stopped tracee."""
+    buffer = ctypes.create_string_buffer(content, len(content))
+    vector = ctypes.create_string_buffer(struct.pack("PL", ctypes.addressof(buffer), len(content)))
+    ptrace(PTRACE_SETREGSET, pid, kind, ctypes.addressof(vector))
+
+
+_SIGNALS = [number for number in range(1, 65) if number not in (9, 19)]  # SIGKILL and SIGSTOP have no action
+_SIGACTION_BYTES = 32
+"""struct sigaction of the kernel, not of libc; the same on both architectures."""
+
+
+def signal_actions() -> bytes:
+    """What every signal does in this process, as the kernel knows it, for `set_signal_actions`."""
+    found = []
+    for number in _SIGNALS:
+        action = ctypes.create_string_buffer(_SIGACTION_BYTES)
+        _syscall("rt_sigaction", ctypes.c_int(number), None, action, ctypes.c_size_t(8))
+        found.append(action.raw[:_SIGACTION_BYTES])
+    return b"".join(found)
+
+
+def set_signal_actions(actions: bytes) -> None:
+    """Make every signal do what it did when `signal_actions` was called."""
+    for index, number in enumerate(_SIGNALS):
+        action = actions[index * _SIGACTION_BYTES : (index + 1) * _SIGACTION_BYTES]
+        _syscall("rt_sigaction", ctypes.c_int(number), action, None, ctypes.c_size_t(8))
+
+
+_STACK_BYTES = 24
+
+
+def signal_stack() -> bytes:
+    """The alternate signal stack, for `set_signal_stack`."""
+    stack = ctypes.create_string_buffer(_STACK_BYTES)
+    _syscall("sigaltstack", None, stack)
+    return stack.raw[:_STACK_BYTES]
+
+
+def set_signal_stack(stack: bytes) -> None:
+    """Use the alternate signal stack that `signal_stack` told."""
+    _syscall("sigaltstack", stack, None)

@@ -16,9 +16,17 @@ def parent(new_machine: Callable[..., DrivenMachine]) -> DrivenMachine:
 
 
 @pytest.fixture
-def fork() -> Iterator[Callable[..., list[DrivenMachine]]]:
+def way() -> str:
+    """How forks are made: "forked" from the parent, or "carried", as those of a machine that lies too deep."""
+    return "forked"
+
+
+@pytest.fixture
+def fork(way: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[DrivenMachine]]]:
     """fork(machine, count=1, **options) -> its forks, closed at the end of the test."""
     made: list[DrivenMachine] = []
+    if way == "carried":
+        monkeypatch.setattr("podflare.engines.process.engine.MAX_DEPTH", 0)
 
     def do(machine: DrivenMachine, count: int = 1, **options: object) -> list[DrivenMachine]:
         children = machine.fork(count, **options)

@@ -54,7 +54,9 @@ def test_processes_of_a_machine_are_not_its_forks_ones(parent, fork):
 
 def test_counting_files_is_bounded_and_follows_no_link(parent):
     """Deep trees end the count, links to the outside lead nowhere, and files without permission count."""
-    parent.run("import os\nos.chdir('/root')\nfor _ in range(300):\n    os.mkdir('d'); os.chdir('d')\nopen('deep', 'w')")
+    parent.run(
+        "import os\nos.chdir('/root')\nfor _ in range(300):\n    os.mkdir('d'); os.chdir('d')\nopen('deep', 'w')"
+    )
     parent.run("cd /root; ln -s / out; ln -s ../../../../.. up; touch closed; chmod 0 closed", "bash")
     assert footprint(parent).changed_files == 3
     parent.run("rm -rf /root/d", "bash")

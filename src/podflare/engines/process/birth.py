@@ -94,7 +94,9 @@ def make_directory(nursery: Nursery, directory: Path) -> None:
         os.chown(directory, ROOT_FIRST_ID, ROOT_FIRST_ID)
 
 
-def send_order(unborn: list[Unborn], plans: list[Any], family: Family, *, below: int | None) -> None:
+def send_order(
+    unborn: list[Unborn], plans: list[Any], family: Family, *, below: int | None, carrier: int | None = None
+) -> None:
     """Order the machines of one family, and let go of the descriptors that are theirs now."""
     procs: list[int] = []
     fds: list[int] = []
@@ -103,7 +105,7 @@ def send_order(unborn: list[Unborn], plans: list[Any], family: Family, *, below:
             opened = one.parts.cgroup.open_procs() if one.parts.cgroup else []
             procs += opened
             fds += [sock.fileno() for sock in one.theirs] + opened
-        family.order_machines(plans, fds, below=below)
+        family.order_machines(plans, fds, below=below, carrier=carrier)
     finally:
         for fd in procs:
             os.close(fd)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from podflare.engines.base import EngineOptions, EngineReport, MachineSpec
 from podflare.engines.linux import cgroups, seccomp
-from podflare.engines.process import probe
+from podflare.engines.process import carry, probe
 from podflare.engines.process.birth import (
     STEP_TIMEOUT_S,
     Nursery,
@@ -39,6 +39,10 @@ from podflare.wire.api import TemplateInfo
 
 MAX_DEPTH = 24
 """Generations of forks: each lies in a PID namespace below its parent's, and the kernel stops at 32 levels."""
+
+
+def _hostname() -> str:
+    return f"fork-{secrets.token_hex(4)}"
 
 
 class ProcessEngine:
@@ -133,22 +137,55 @@ class ProcessEngine:
     async def _fork(
         self, parent: ProcessMachine, count: int, reseed: bool, timeout_s: float
     ) -> tuple[ProcessMachine, ...]:
-        if parent.depth >= MAX_DEPTH:
-            raise Conflict(
-                f"this sandbox is a fork of the {MAX_DEPTH}th generation, the deepest that the kernel's nested "
-                "PID namespaces allow; save its state to files and go on in a new sandbox"
-            )
         nursery = self._ready()
-        hostnames = [f"fork-{secrets.token_hex(4)}" for _ in range(count)]
-        forking = fork_machine(nursery, self._layers, parent, hostnames, reseed=reseed, timeout_s=timeout_s)
         try:
-            children = await make_owned(forking, timeout_s=timeout_s, discard=lambda made: self._end(*made))
+            return await make_owned(
+                self._bear_children(nursery, parent, count, reseed=reseed, timeout_s=timeout_s),
+                timeout_s=timeout_s,
+                discard=lambda made: self._discard(*made),
+            )
         except PodflareError:
             raise
         except TimeoutError as exc:
             raise DeadlineExceeded(f"the fork was not ready within {timeout_s:g} s") from exc
         except OSError as exc:
             raise MachineFailed(f"the sandbox could not be forked: {exc}") from exc
+
+    async def _bear_children(
+        self, nursery: Nursery, parent: ProcessMachine, count: int, *, reseed: bool, timeout_s: float
+    ) -> tuple[ProcessMachine, ...]:
+        if parent.depth < MAX_DEPTH:
+            return await self._bear_nested(nursery, parent, count, reseed=reseed, timeout_s=timeout_s)
+        if not carry.SUPPORTED:
+            raise Conflict(
+                f"this sandbox is a fork of the {MAX_DEPTH}th generation, the deepest that the kernel's nested "
+                "PID namespaces allow on this kind of processor; save its state to files and go on in a new sandbox"
+            )
+        reseed_copy = reseed and count == 1
+        copy = await carry.carry_machine(
+            nursery, self._layers, parent, _hostname(), reseed=reseed_copy, timeout_s=timeout_s
+        )
+        self._take_in(copy)
+        self._kin.born(parent, (copy,))
+        if count == 1:
+            return (copy,)
+        # Copied once, forked n times: the children share the copy's memory.
+        children: tuple[ProcessMachine, ...] = ()
+        try:
+            children = await self._bear_nested(nursery, copy, count, reseed=reseed, timeout_s=timeout_s)
+            await copy.aclose()
+        except BaseException:
+            await asyncio.shield(self._discard(*children, copy))
+            raise
+        for child in children:
+            child.fork_report = copy.fork_report
+        return children
+
+    async def _bear_nested(
+        self, nursery: Nursery, parent: ProcessMachine, count: int, *, reseed: bool, timeout_s: float
+    ) -> tuple[ProcessMachine, ...]:
+        hostnames = [_hostname() for _ in range(count)]
+        children = await fork_machine(nursery, self._layers, parent, hostnames, reseed=reseed, timeout_s=timeout_s)
         for child in children:
             child.parent, child.depth = parent, parent.depth + 1
             parent.nested.add(child)
@@ -156,10 +193,14 @@ class ProcessEngine:
         self._kin.born(parent, children)
         return tuple(children)
 
+    async def _discard(self, *machines: ProcessMachine) -> None:
+        for machine in machines:
+            await machine.aclose()
+
     async def _merge_files(
         self, ours: ProcessMachine, theirs: ProcessMachine, paths: tuple[str, ...], timeout_s: float
     ) -> ProcessFileMerge:
-        nursery, _ = await self._ready()
+        nursery = self._ready()
         return await ProcessFileMerge.begin(nursery, self._layers, self._kin, ours, theirs, paths, timeout_s)
 
     async def _remove(self, machine: ProcessMachine) -> None:

@@ -30,32 +30,47 @@ class Family:
         self.members = 0
         """Machines that were born and not removed yet; whoever takes the last one away closes the family."""
 
-    def order_machines(self, plans: list[MachinePlan], fds: list[int], *, below: int | None) -> None:
+    def order_machines(
+        self, plans: list[MachinePlan], fds: list[int], *, below: int | None, carrier: int | None = None
+    ) -> None:
         """Have machines made; each reports on its own birth socket.
 
         Args:
             fds: for each plan its birth descriptors (guest/process/family.Birth).
             below: descriptor of the PID namespace below which they are to be; None for the family's own.
+            carrier: for a machine whose REPL is carried into it: its socket to the carrier (guest/process/carry.py).
         Raises: MachineFailed if the family is gone.
         """
-        body = {"plans": [machine_to_dict(plan) for plan in plans], "nested": below is not None}
-        self._send(body, ([] if below is None else [below]) + fds)
+        body = {"plans": [machine_to_dict(plan) for plan in plans]}
+        first = [fd for fd in (below, carrier) if fd is not None]
+        self._send({**body, "nested": below is not None, "carried": carrier is not None}, first + fds)
 
-    async def capture(self, machine: str, layer: str) -> None:
+    def order_carry(self, source: int, target: int, answer_to: int, *, timeout_s: float) -> None:
+        """Have a REPL's memory carried (guest/process/carry.py), the answer sent to a socket.
+
+        Args:
+            source, target: sockets to the REPL and to the process that is to become it.
+        Raises: MachineFailed if the family is gone.
+        """
+        self._send({"carry": {"timeout_s": timeout_s}}, [source, target, answer_to])
+
+    async def capture(self, machine: str, layer: str, merged: tuple[str, ...]) -> None:
         """Copy the writable layers of a running machine to a new layer.
 
+        Args:
+            merged: layers below the machine's own, topmost first, that become part of the new one.
         Raises: MachineFailed; the caller removes what was copied.
         """
-        copying = asyncio.get_running_loop().create_task(self._capture(machine, layer))
+        copying = asyncio.get_running_loop().create_task(self._capture(machine, layer, merged))
         try:
             await asyncio.shield(copying)
         except asyncio.CancelledError:
             await asyncio.wait([copying])  # it writes into the layer, which the caller is about to remove
             raise
 
-    async def _capture(self, machine: str, layer: str) -> None:
+    async def _capture(self, machine: str, layer: str, merged: tuple[str, ...]) -> None:
         async with self._lock:
-            self._send({"capture": machine, "to": layer}, [])
+            self._send({"capture": machine, "to": layer, "merged": merged}, [])
             await wait_readable(self._control, CAPTURE_TIMEOUT_S, "the files of the sandbox were not copied")
             data = self._control.recv(MAX_ANSWER_BYTES)
         answer: dict[str, Any] = json.loads(data) if data else {"error": "the family ended"}

@@ -57,19 +57,19 @@ async def fork_machine(
     Raises: MachineFailed, IsolationIncomplete, DeadlineExceeded; then no child exists.
     If cancelled: no child exists.
     """
-    _forget_past(parent.parts.line)
+    forget_past(parent.parts.line)
     unborn: list[Unborn] = []
-    layer = layers.new()
-    below = (layer, *parent.parts.layers)
-    layers.retain(below)  # one user is this call itself, until its end
+    capture = layers.begin(parent.parts.layers)
     try:
-        make_directory(nursery, layers.path(layer))
+        make_directory(nursery, layers.path(capture.layer))
         for hostname in hostnames:
-            unborn.append(_prepare_child(nursery, layers, parent, hostname, below))
+            unborn.append(prepare_child(nursery, layers, parent, hostname, capture.below))
         # Side by side: the agents begin, the files are copied.
-        plans = [plan_machine(one.id, one.spec, cgroup_walls=nursery.cgroups.walls, layers=below) for one in unborn]
+        plans = [
+            plan_machine(one.id, one.spec, cgroup_walls=nursery.cgroups.walls, layers=capture.below) for one in unborn
+        ]
         send_order(unborn, plans, parent.parts.family, below=parent.parts.pid_namespace)
-        await parent.parts.family.capture(parent.id, layer)
+        await parent.parts.family.capture(parent.id, capture.layer, capture.merged)
         for one in unborn:
             let_mount(one)
         # One after the other: they get ready side by side, and nobody is left waiting when one fails.
@@ -79,13 +79,13 @@ async def fork_machine(
             child.parts.birth.close()
     except BaseException:
         await asyncio.shield(_undo(layers, unborn))
-        await asyncio.shield(layers.release(below))
+        await asyncio.shield(layers.release(capture.held))
         raise
-    layers.give_back(below)  # the children use them all; nothing may wait from here on, or a cancellation lost them
+    layers.end(capture)  # nothing may wait from here on, or a cancellation lost the children
     return children
 
 
-def _prepare_child(
+def prepare_child(
     nursery: Nursery, layers: Layers, parent: ProcessMachine, hostname: str, below: tuple[str, ...]
 ) -> Unborn:
     spec = MachineSpec(parent.spec.template, parent.spec.limits, hostname)
@@ -108,14 +108,28 @@ async def _fork_repl(
     for number, child in enumerate(children):
         fds = await _receive_handed(child)
         try:
-            socket.send_fds(line, [json.dumps({"order": order, "child": number}).encode()], fds)
-        except OSError as exc:
-            raise MachineFailed(f"the sandbox's Python process cannot be reached: {exc}") from exc
+            send_line(line, {"order": order, "child": number}, fds)
         finally:
             for fd in fds:
                 os.close(fd)
-    body = {"order": order, "fork": len(children), "reseed": reseed, "timeout_s": timeout_s}
-    line.send(json.dumps(body).encode())
+    send_line(line, {"order": order, "fork": len(children), "reseed": reseed, "timeout_s": timeout_s}, [])
+    await receive_forked(line, order)
+    for child in children:
+        await receive_repl(nursery, child)
+    for child in children:
+        await wait_readable(child.parts.channel, STEP_TIMEOUT_S, "the guest of the forked machine did not start")
+
+
+def send_line(line: socket.socket, body: dict[str, Any], fds: list[int]) -> None:
+    """One packet on the fork line of a REPL.  Raises: MachineFailed if it is gone."""
+    try:
+        socket.send_fds(line, [json.dumps(body).encode()], fds)
+    except OSError as exc:
+        raise MachineFailed(f"the sandbox's Python process cannot be reached: {exc}") from exc
+
+
+async def receive_forked(line: socket.socket, order: int) -> None:
+    """Wait for the REPL's answer to this order.  Raises: MachineFailed if it could not fork; DeadlineExceeded."""
     answer: dict[str, Any] = {}
     while answer.get("order") != order:  # the answer to an order that was given up may come now
         await wait_readable(line, STEP_TIMEOUT_S, "the sandbox's Python process did not fork")
@@ -125,13 +139,9 @@ async def _fork_repl(
             raise MachineFailed("the sandbox's Python process ended while it was forked; a new one was started")
     if answer.get("forked") is not True:
         raise MachineFailed(f"the sandbox's Python process could not fork: {str(answer.get('why'))[:500]}")
-    for child in children:
-        await _receive_repl(nursery, child)
-    for child in children:
-        await wait_readable(child.parts.channel, STEP_TIMEOUT_S, "the guest of the forked machine did not start")
 
 
-def _forget_past(line: socket.socket) -> None:
+def forget_past(line: socket.socket) -> None:
     """Drop what a REPL said before this fork: answers to others, that it was started."""
     try:
         while line.recv(1):
@@ -159,7 +169,7 @@ async def _receive_handed(child: ProcessMachine) -> list[int]:
     return list(fds)
 
 
-async def _receive_repl(nursery: Nursery, child: ProcessMachine) -> None:
+async def receive_repl(nursery: Nursery, child: ProcessMachine) -> None:
     """Wait for the forked REPL in its machine, check it, give it its control group, let it go."""
     parts = child.parts
     await wait_readable(parts.line, STEP_TIMEOUT_S, "the forked Python process did not report")

@@ -1,5 +1,7 @@
 """Copies a machine's writable layers while it runs: the read-only layer that its forks stack below their own.
 
+Older layers below it can be merged into the copy, so that chains of layers stay short however often is forked.
+
 Runs in a process of the family, on its stage.  User code may change the source meanwhile, so every step goes from
 a directory descriptor to a name in it and follows no link.  What vanishes or changes kind on the way is left out.
 """
@@ -10,7 +12,8 @@ import errno
 import fcntl
 import os
 import stat
-from typing import Dict, List, Tuple
+from contextlib import contextmanager
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 MAX_DEPTH = 256
 """Deeper directories are refused: each level holds two descriptors open."""
@@ -20,21 +23,94 @@ _GONE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENXIO)
 _CHUNK = 1 << 30
 
 
-def capture_layers(source: str, target: str) -> None:
+def capture_layers(source: str, target: str, merged: Sequence[str] = ()) -> None:
     """Copy `source`/<name>/upper to `target`/<name>/upper for each overlay of a machine.
 
+    Args:
+        merged: directories of the read-only layers below the machine's own, topmost first, whose content becomes part
+            of the copy: their files by hard links.
     Raises: OSError; what was copied so far is the caller's to remove.
     """
     for name in os.listdir(source):
         os.makedirs(f"{target}/{name}", 0o755)
-        os.mkdir(f"{target}/{name}/upper", 0o755)
-        copy = _Copy(f"{target}/{name}/upper")
-        folder = os.open(f"{source}/{name}/upper", _DIRECTORY)
+        upper = f"{target}/{name}/upper"
+        os.mkdir(upper, 0o755)
+        copy = _Copy(upper)
         try:
-            copy.directory(folder, copy.root, "", 0)
+            with _folder(f"{source}/{name}/upper") as folder:
+                copy.directory(folder, copy.root, "", 0)
+            for layer in merged:
+                if os.path.isdir(f"{layer}/{name}/upper"):
+                    with _folder(f"{layer}/{name}/upper") as folder:
+                        merge_below(folder, copy.root, 0)
+            if name != _ROOT and _is_untouched(copy.root):
+                os.rmdir(upper)
+                os.rmdir(f"{target}/{name}")
         finally:
-            os.close(folder)
             os.close(copy.root)
+
+
+_ROOT = "root"
+"""The overlay that every machine has at least one layer of: the mode of / is in it."""
+
+
+def _is_untouched(folder: int) -> bool:
+    return stat.S_IMODE(os.fstat(folder).st_mode) == 0o755 and not os.listdir(folder)
+
+
+@contextmanager
+def _folder(path: "str | bytes", within: Optional[int] = None) -> Iterator[int]:
+    fd = os.open(path, _DIRECTORY, dir_fd=within)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def merge_below(source: int, target: int, depth: int) -> None:
+    """Add to the directory `target` what overlayfs would show of `source` in a layer below it.
+
+    What `target` has hides what `source` has under that name (kernel docs, overlayfs: whiteouts and opaque
+    directories); of two directories the content is merged.  Precondition: nobody changes either.
+    """
+    if depth > MAX_DEPTH:
+        raise OSError(errno.ENAMETOOLONG, f"directories nested deeper than {MAX_DEPTH}")
+    if _is_opaque(target):
+        return
+    before = os.fstat(target)
+    for name in os.listdir(source):
+        below = os.stat(name, dir_fd=source, follow_symlinks=False)
+        try:
+            above: Optional[os.stat_result] = os.stat(name, dir_fd=target, follow_symlinks=False)
+        except FileNotFoundError:
+            above = None
+        if above is None and not stat.S_ISDIR(below.st_mode):
+            os.link(name, name, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)
+        elif above is None:
+            os.mkdir(name, 0o700, dir_fd=target)
+            with _folder(name, source) as theirs, _folder(name, target) as ours:
+                merge_below(theirs, ours, depth + 1)
+                _copy_attributes(theirs, ours, os.fstat(theirs))
+        elif stat.S_ISDIR(above.st_mode):
+            with _folder(name, target) as ours:
+                if not stat.S_ISDIR(below.st_mode):
+                    os.setxattr(ours, _OPAQUE, b"y")  # what is not merged with here hides what lies below it
+                    continue
+                with _folder(name, source) as theirs:
+                    merge_below(theirs, ours, depth + 1)
+    if _is_opaque(source):
+        os.setxattr(target, _OPAQUE, b"y")
+    os.utime(target, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+_OPAQUE = "user.overlay.opaque"
+
+
+def _is_opaque(folder: int) -> bool:
+    try:
+        return os.getxattr(folder, _OPAQUE) == b"y"
+    except OSError:
+        return False
 
 
 class _Copy:

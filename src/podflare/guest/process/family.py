@@ -2,8 +2,9 @@
 
 Owns the namespaces: when it ends, for whatever reason, the kernel ends every process below it (pid_namespaces(7)).
 It runs no user code and reads nothing that user code wrote.  It makes machines as the daemon orders, over a
-SOCK_SEQPACKET socket: {"plans": [...], "nested": bool} with, if nested, a descriptor of the PID namespace below
-which the machines are to be, and then for each plan its birth descriptors.  It ends with that socket.
+SOCK_SEQPACKET socket: {"plans": [...], "nested": bool, "carried": bool} with, if nested, a descriptor of the PID
+namespace below which the machines are to be, if carried, a socket to the carrier (carry.py), and then for each plan its
+birth descriptors.  It ends with that socket.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from podflare.guest import syscalls as sc
 from podflare.guest.descriptors import close_all_but
 from podflare.guest.process import confine
 from podflare.guest.process.capture import capture_layers
+from podflare.guest.process.carry import run_carrier
 from podflare.guest.process.comparison import answer_comparison
 from podflare.guest.process.merging import answer_merge
 from podflare.wire.plan import MachinePlan, StagePlan, machine_from_dict
@@ -77,6 +79,8 @@ def _serve(stage: StagePlan, control: socket.socket) -> None:
                     order = json.loads(data)
                     if "capture" in order:
                         _capture(control, order)
+                    elif "carry" in order:
+                        _carry(order["carry"], fds)
                     elif "compare" in order:
                         _compare(stage, order["compare"], fds[0])
                     elif "merge" in order:
@@ -94,7 +98,8 @@ def _capture(control: socket.socket, order: Dict[str, Any]) -> None:
         try:
             answer: Dict[str, Any] = {"captured": order["to"], "error": None}
             try:
-                capture_layers(f"/machines/{order['capture']}", f"/machines/{order['to']}")
+                merged = [f"/machines/{layer}" for layer in order["merged"]]
+                capture_layers(f"/machines/{order['capture']}", f"/machines/{order['to']}", merged)
             except BaseException as exc:
                 answer["error"] = f"{type(exc).__name__}: {exc}"
             _tell(control.fileno(), answer)
@@ -120,16 +125,30 @@ def _merge(stage: StagePlan, order: Dict[str, Any], fds: List[int]) -> None:
             os._exit(0)
 
 
+def _carry(order: Dict[str, Any], fds: List[int]) -> None:
+    """In a process of its own, too: it takes as long as there is memory."""
+    if os.fork() == 0:
+        try:
+            close_all_but({0, 1, 2, *fds})
+            source, target, answer = fds
+            run_carrier(source, target, answer, order["timeout_s"])
+        finally:
+            os._exit(0)
+
+
 def _make_machines(stage: StagePlan, order: Dict[str, Any], fds: List[int], own_pid_ns: int) -> None:
     plans = [machine_from_dict(body) for body in order["plans"]]
     nested: Optional[int] = None
+    carrier: Optional[int] = None
     if order["nested"]:
         nested, fds = fds[0], fds[1:]
+    elif order["carried"]:
+        carrier, fds = fds[0], fds[1:]
     each = len(fds) // len(plans)
     births = [Birth(plan, fds[i * each : (i + 1) * each]) for i, plan in enumerate(plans)]
     try:
         if nested is None:
-            _make_agents(stage, births, own_pid_ns, adopts=False)
+            _make_agents(stage, births, own_pid_ns, adopts=False, carrier=carrier)
             return
         # Machines below another one are made by a process in that one's PID namespace.
         sc.setns(nested, sc.CLONE_NEWPID)
@@ -151,7 +170,9 @@ def _run_nested(stage: StagePlan, births: List[Birth]) -> NoReturn:
     os._exit(0)
 
 
-def _make_agents(stage: StagePlan, births: List[Birth], own_pid_ns: int, *, adopts: bool) -> None:
+def _make_agents(
+    stage: StagePlan, births: List[Birth], own_pid_ns: int, *, adopts: bool, carrier: Optional[int] = None
+) -> None:
     """Fork an agent into a new PID namespace for each birth; the caller's own stays as it is.
 
     Joining a control group can wait many milliseconds for the kernel (cgroup_threadgroup_rwsem), so this process
@@ -165,7 +186,7 @@ def _make_agents(stage: StagePlan, births: List[Birth], own_pid_ns: int, *, adop
         placed_r, placed_w = os.pipe2(os.O_CLOEXEC)
         pid = os.fork()
         if pid == 0:
-            _run_agent(stage, birth, placed_r, adopts=adopts)
+            _run_agent(stage, birth, placed_r, adopts=adopts, carrier=carrier)
         os.close(placed_r)
         placed.append((birth, pid, placed_w))
     for birth, pid, placed_w in placed:
@@ -184,14 +205,15 @@ def _tell_all(births: List[Birth], exc: BaseException) -> None:
         _tell(birth.birth, {"error": f"new namespaces: {exc}"})
 
 
-def _run_agent(stage: StagePlan, birth: Birth, placed: int, *, adopts: bool) -> NoReturn:
+def _run_agent(stage: StagePlan, birth: Birth, placed: int, *, adopts: bool, carrier: Optional[int]) -> NoReturn:
     """Pid 1 of the sandbox: confine itself, let the daemon look at the result, then serve."""
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
         os.umask(0o022)
-        close_all_but({0, 1, 2, birth.channel, birth.birth, birth.line, placed})
+        keep = {0, 1, 2, birth.channel, birth.birth, birth.line, placed}
+        close_all_but(keep if carrier is None else keep | {carrier})
         sc.unshare(_NAMESPACES)
         # The layers below may still be on their way: the daemon says when they are there.
         if os.read(birth.birth, 16) != b"mount":
@@ -223,6 +245,7 @@ def _run_agent(stage: StagePlan, birth: Birth, placed: int, *, adopts: bool) -> 
         before_repl=_repl_preparation(birth.plan),
         fork_line=birth.line,
         hand_over=_handing_over(birth, namespaces) if adopts else None,
+        carrier=carrier,
     )
 
 
