@@ -183,8 +183,8 @@ open('/root/big', 'w').write('y' * (1 << 20) + 'z')
     one.run(slow.format(seed=1))
     two.run(slow.format(seed=2))
     start = time.monotonic()
-    assert "/root/slow" in diff(one, two, ("/root/slow",), detail=True, timeout_s=30).modified
-    assert time.monotonic() - start < 15
+    assert "/root/slow" in diff(one, two, ("/root/slow",), detail=True, timeout_s=60).modified
+    assert time.monotonic() - start < 45  # alone it takes 2 s; without a bound, many minutes
 
 
 @pytest.mark.parametrize("make", [
