@@ -53,7 +53,7 @@ def serve(data_dir: Path) -> Iterator[Callable[[], Served]]:
 
 
 def work(client: httpx.Client, seen: dict[str, set[str]]) -> None:
-    """Fork and merge until the daemon is gone; notes which ids were told and which merges were answered."""
+    """Fork and merge until the daemon is gone; notes which ids were told and which winners were merged away."""
     try:
         root = client.post("/v1/sandboxes").json()["id"]
         seen["living"].add(root)
@@ -65,6 +65,8 @@ def work(client: httpx.Client, seen: dict[str, set[str]]) -> None:
                 continue
             one, two, three = answer.json()["children"]
             seen["living"] |= {one, two, three}
+            client.post(f"/v1/sandboxes/{two}/exec", json={"code": "x = bytes(10**6); open('/root/f', 'wb').write(x)"})
+            assert client.post(f"/v1/sandboxes/{one}/merge/{two}").json()["applied"]
             seen["merging"].add(one)
             assert client.post(f"/v1/sandboxes/{root}/merge_into/{one}").status_code == 204
             seen["merged"].add(one)

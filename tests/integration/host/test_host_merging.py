@@ -18,6 +18,13 @@ async def merge(h: Host, sandbox: str, other: str, **body: Any) -> dict[str, Any
     return dict(answer.json())
 
 
+async def two_forks(h: Host, parent: str) -> list[str]:
+    """Two forks that know for sure what their variables were: a look before the first cell has all its time."""
+    children = await h.fork(parent, n=2)
+    await h.diff(*children, variables="true")
+    return children
+
+
 async def value(h: Host, sandbox: str, expression: str) -> str:
     return text(await h.exec(sandbox, f"print({expression})"))
 
@@ -27,7 +34,7 @@ async def test_files_and_variables_come_over(walled):
     async with walled() as h:
         parent = await h.create()
         await h.exec(parent, "a, b, c, gone = [1], [2], [3], [4]; open('/root/f', 'w').write('1\\n2\\n3\\n')")
-        one, two = await h.fork(parent, n=2)
+        one, two = await two_forks(h, parent)
         await h.exec(one, "a.append('one'); open('/root/f', 'w').write('one\\n2\\n3\\n'); mine = 1")
         await h.exec(
             two, "b.append('two'); del gone; new = lambda x: x + 1; open('/root/f', 'w').write('1\\n2\\nthree\\n')"
@@ -61,7 +68,7 @@ async def test_a_conflict_changes_nothing(walled):
     async with walled() as h:
         parent = await h.create()
         await h.exec(parent, "x = 1; y = 1; open('/root/f', 'w').write('1')")
-        one, two = await h.fork(parent, n=2)
+        one, two = await two_forks(h, parent)
         await h.exec(one, "x = 2; open('/root/f', 'w').write('2')")
         await h.exec(two, "x = 3; y = 3; open('/root/f', 'w').write('3'); open('/root/g', 'w').write('g')")
         report = await merge(h, one, two)
@@ -96,7 +103,7 @@ async def test_one_side_decides_all(walled, side, expected):
     """on_conflict gives every conflict to that side."""
     async with walled() as h:
         parent = await h.create()
-        one, two = await h.fork(parent, n=2)
+        one, two = await two_forks(h, parent)
         for branch, number in ((one, 2), (two, 3)):
             await h.exec(branch, f"x = {number}; open('/root/f', 'w').write('{number}')")
         report = await merge(h, one, two, on_conflict=side)
@@ -108,7 +115,7 @@ async def test_what_cannot_travel_is_told(walled):
     """A generator and a socket file stay behind and are named; asked for by name, a variable is a refusal."""
     async with walled() as h:
         parent = await h.create()
-        one, two = await h.fork(parent, n=2)
+        one, two = await two_forks(h, parent)
         await h.exec(
             two,
             "import socket, threading\ng = (n for n in [1]); lock = threading.Lock(); good = 1\n"
@@ -130,7 +137,7 @@ async def test_only_what_is_asked_for(walled):
     """Files alone, variables alone, some of each."""
     async with walled() as h:
         parent = await h.create()
-        one, two = await h.fork(parent, n=2)
+        one, two = await two_forks(h, parent)
         await h.exec(two, "x = y = 1; open('/root/f', 'w').close(); open('/root/g', 'w').close()")
         assert (await merge(h, one, two, files=False, variables=["x"]))["merged"] == {"files": [], "variables": ["x"]}
         some = await merge(h, one, two, files=["/root/f"], variables=False)
@@ -173,7 +180,7 @@ async def test_cells_are_waited_for(walled):
     """A merge has the whole effect of a cell that runs, and is given up in time if that does not end."""
     async with walled() as h:
         parent = await h.create()
-        one, two = await h.fork(parent, n=2)
+        one, two = await two_forks(h, parent)
         reports: list[dict[str, Any]] = []
 
         async def run() -> None:
@@ -196,7 +203,7 @@ async def test_two_merges_at_once_do_not_wait_for_each_other_forever(walled):
     """Merging two sandboxes into each other at the same time ends, and both have all."""
     async with walled() as h:
         parent = await h.create()
-        one, two = await h.fork(parent, n=2)
+        one, two = await two_forks(h, parent)
         await h.exec(one, "x = 1; open('/root/x', 'w').close()")
         await h.exec(two, "y = 2; open('/root/y', 'w').close()")
         async with anyio.create_task_group() as tasks:
@@ -211,7 +218,7 @@ async def test_values_that_cannot_be_set_are_left_out(walled):
     async with walled() as h:
         parent = await h.create()
         await h.exec(parent, "class Bad:\n    def __setstate__(self, state): raise OSError('no')")
-        one, two = await h.fork(parent, n=2)
+        one, two = await two_forks(h, parent)
         await h.exec(two, "bad = Bad(); bad.x = 1; good = 1; open('/root/f', 'w').close()")
         report = await merge(h, one, two)
         assert report["applied"] and report["merged"] == {"files": ["/root/f"], "variables": ["good"]}
@@ -222,7 +229,7 @@ async def test_a_client_that_leaves_gets_all_or_nothing(walled):
     """A merge whose client goes away is done or not begun, and the sandboxes work on."""
     async with walled() as h:
         parent = await h.create()
-        one, two = await h.fork(parent, n=2)
+        one, two = await two_forks(h, parent)
         await h.exec(two, "x = bytes(30_000_000); open('/root/f', 'wb').write(x)")
         for wait_s in (0.005, 0.05, 0.1):
             with pytest.raises(httpx.TimeoutException):
