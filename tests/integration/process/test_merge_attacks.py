@@ -58,6 +58,27 @@ def test_the_merging_process_is_killed(parent, fork, moment):
         assert sh(one, "cat /root/f") == "f\n" and merge(one, two).merged == []
 
 
+def test_the_merging_process_has_next_to_nothing(parent, fork):
+    """While it changes files it sees the machine's root alone, with two capabilities, and nobody in there sees it."""
+    one, two = fork(parent, 2)
+    sh(two, "echo f > /root/f")
+
+    async def run():
+        merging = await one.machine.merge_files(two.machine, ("/root",), timeout_s=20)
+        try:
+            await merging.apply({}, timeout_s=20)
+            (pid,) = helpers(one.machine.parts.family._pidfd)
+            status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+            return status, os.readlink(f"/proc/{pid}/ns/mnt"), os.readlink(f"/proc/{pid}/ns/pid")
+        finally:
+            await merging.aclose()
+
+    status, mounts, pids = one.call(run)
+    assert {int(status[kind], 16) for kind in ("CapPrm", "CapEff")} == {1 << 1 | 1 << 3}  # past modes, as the owner
+    assert int(status["CapInh"], 16) == int(status["CapAmb"], 16) == 0
+    assert mounts == one.machine.parts.namespaces["mnt"] and pids != one.machine.parts.namespaces["pid"]
+
+
 @pytest.mark.parametrize("which", ["ours", "theirs"])
 def test_a_machine_ends_amid_a_merge(parent, fork, which):
     """The merge fails, the other machine works on, and nothing of either is left once both are closed."""
