@@ -275,7 +275,7 @@ def test_changes_are_found_by_a_running_engine(portal: BlockingPortal, root: Pat
         copy_template(root, "tiny", "late", key="after", preload=(), files=(), folders=())
         second = create(portal, engine, "late")
         assert second.run("import snoop").error.name == "ModuleNotFoundError"
-        kill_zygotes()
+        kill_zygotes(engine)
         third = create(portal, engine, "late")
         store.remove("late")  # and every tree that no name means and nobody uses
         with pytest.raises(UnknownTemplate):
@@ -317,13 +317,14 @@ def test_without_namespaces_for_ordinary_users_nothing_is_preloaded(portal: Bloc
             portal.call(zygote.aclose)
 
 
-def kill_zygotes() -> None:
-    """SIGKILL every direct child of this process, and wait until the kernel has ended them."""
+def kill_zygotes(engine: ProcessEngine) -> None:
+    """SIGKILL the zygotes of this engine, not those of others that tests share, and wait for their end."""
     own = os.getpid()
     children = [int(pid) for pid in Path(f"/proc/{own}/task/{own}/children").read_text().split()]
     for thread in Path(f"/proc/{own}/task").iterdir():
         children += [int(pid) for pid in (thread / "children").read_text().split()]
-    zygotes = [pid for pid in set(children) if b"zygote" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    bundles = os.fsencode(engine._data)
+    zygotes = [pid for pid in set(children) if bundles in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert zygotes
     for pid in zygotes:
         os.kill(pid, signal.SIGKILL)
