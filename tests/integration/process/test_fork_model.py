@@ -426,4 +426,4 @@ def test_branches_see_what_the_model_says(check_family):
 @pytest.mark.timeout(3600)
 def test_many_more_branches_see_what_the_model_says(check_family):
     """The same with many, longer and other programs at each run."""
-    check_family(max_examples=200, stateful_step_count=40)
+    check_family(max_examples=600, stateful_step_count=60)
