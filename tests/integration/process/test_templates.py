@@ -228,6 +228,17 @@ def test_the_machines_own_packages_are_hidden(new: Callable[[str], DrivenMachine
     assert out.endswith("/opt/template/packages\n") and not out.partition("]")[0].strip("["), out
 
 
+def test_processor_time_is_limited(new_machine: Callable[..., DrivenMachine]) -> None:
+    """A machine that may use a fifth of a processor gets about that, where control groups can hold it."""
+    machine = new_machine(replace(LIMITS, cpus=0.2))
+    if "cpu_limit" not in machine.machine.walls:
+        pytest.skip("no cpu control group can be had here")
+    code = "import time\nend = time.monotonic() + 0.6\nwhile time.monotonic() < end: pass\nprint(time.process_time())"
+    machine.run("import time; before = time.process_time()")
+    used = float(machine.run(code).stdout) - float(machine.run("print(before)").stdout)
+    assert used < 0.4
+
+
 def test_it_is_described(templated: ProcessEngine) -> None:
     """The engine tells name, packages and preload, and that the modules are preloaded here."""
     info = templated.describe("tiny")
