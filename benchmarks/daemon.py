@@ -83,6 +83,11 @@ class Daemon:
         """Proportional memory of the daemon and everything below it; shared pages count once in the sum."""
         return sum(_pss(pid) for pid in _tree(self._process.pid))
 
+    def disk_bytes(self) -> int:
+        """What its data directory holds, each inode once."""
+        counted = subprocess.run(["du", "-s", "-B1", self._data_dir], capture_output=True, text=True, check=False)
+        return int(counted.stdout.split()[0])
+
 
 def _tree(root: int) -> list[int]:
     children: dict[int, list[int]] = {}

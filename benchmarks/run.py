@@ -24,7 +24,7 @@ from benchmarks.series import Series, ratios
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-NAMES = ("create", "embedded", "hot_cell", "memory", "churn", "files", "fork")
+NAMES = ("create", "embedded", "hot_cell", "memory", "churn", "files", "fork", "loop")
 MARKS = ("<!-- figures: written by python -m benchmarks.run --spec -->", "<!-- end of figures -->")
 
 
