@@ -310,9 +310,9 @@ async def recall(holder: Holder, base: str, *, timeout_s: float) -> VariablesBas
     return found
 
 
-async def remember(holder: Holder, base: str, fingerprints: dict[str, str], *, timeout_s: float) -> None:
+async def remember(holder: Holder, base: VariablesRemember, *, timeout_s: float) -> None:
     """Give the sandbox a base.  Raises: as table_of."""
-    async with _Operation(holder, VariablesRemember(base, fingerprints), timeout_s) as operation:
+    async with _Operation(holder, base, timeout_s) as operation:
         await operation.done()
 
 
@@ -327,12 +327,12 @@ class Staged:
         self._operation = operation
         self.committed = False
 
-    async def commit(self, *, drop: tuple[str, ...], base: str, fingerprints: dict[str, str]) -> None:
+    async def commit(self, *, drop: tuple[str, ...], base: VariablesRemember) -> None:
         """Bind all that arrived, unbind `drop`, and remember the base, in one step that user code cannot hinder.
 
         Raises: as table_of; what was replaced may then be lost with the REPL.
         """
-        self._operation.say(VariablesCommit(drop, base, fingerprints))
+        self._operation.say(VariablesCommit(drop, base.base, base.fingerprints, base.since, base.unsettled))
         await self._operation.done()
         self.committed = True
 

@@ -18,7 +18,7 @@ import anyio
 
 from podflare.host.variables import Holder, Staged, recall, remember, table_of
 from podflare.wire.api import VariableChange, VariablesDiff, VariableState
-from podflare.wire.variables import MAX_VARIABLES, Variable, VariablesBase, VariablesTable
+from podflare.wire.variables import MAX_VARIABLES, Variable, VariablesBase, VariablesRemember, VariablesTable
 
 _LEAST_S = 0.05
 
@@ -57,6 +57,8 @@ class Pair:
     """Whether a name that is not in `base` was certainly not there."""
     replaced: Mapping[str, frozenset[Verdict]]
     """Variables without readable content, and on which side (OURS, THEIRS) they are another object since the base."""
+    token: str = ""
+    """Of the base."""
 
     def names(self) -> list[str]:
         """Of all variables that one of them has, sorted."""
@@ -127,7 +129,7 @@ async def compare(ours: Holder, theirs: Holder, *, timeout_s: float) -> Pair:
             bases[side] = await recall(holders[side], token, timeout_s=max(_LEAST_S, deadline_s - time.monotonic()))
 
     await _at_once(remembered)
-    return _joined(tables, bases)
+    return _joined(tables, bases, token)
 
 
 async def differences(ours: Holder, theirs: Holder, *, timeout_s: float) -> VariablesDiff:
@@ -190,7 +192,7 @@ async def _at_once(work: Callable[[Verdict], Awaitable[None]]) -> None:
         raise failure
 
 
-def _joined(tables: Mapping[Verdict, VariablesTable], bases: Mapping[Verdict, VariablesBase]) -> Pair:
+def _joined(tables: Mapping[Verdict, VariablesTable], bases: Mapping[Verdict, VariablesBase], token: str) -> Pair:
     """The two sides' knowledge of one base, put together: what one of them had no time to read the other may know."""
     first, second = bases[Verdict.OURS], bases[Verdict.THEIRS]
     base = dict(first.fingerprints)
@@ -200,7 +202,7 @@ def _joined(tables: Mapping[Verdict, VariablesTable], bases: Mapping[Verdict, Va
         name: frozenset(side for side, told in bases.items() if name in told.replaced)
         for name in {*first.replaced, *second.replaced}
     }
-    return Pair(tables[Verdict.OURS], tables[Verdict.THEIRS], base, first.complete or second.complete, replaced)
+    return Pair(tables[Verdict.OURS], tables[Verdict.THEIRS], base, first.complete or second.complete, replaced, token)
 
 
 async def settle(
@@ -213,7 +215,12 @@ async def settle(
             Not those that were refused or left out, or the next merge would not find them.
     Raises: as variables.table_of.  If it fails before ours is told to commit, nothing has changed there.
     """
-    token = secrets.token_hex(8)
-    base = pair.next_base(settled)
-    await remember(theirs, token, base, timeout_s=timeout_s)
-    await staged.commit(drop=drop, base=token, fingerprints=base)
+    names = set(settled)
+    base = VariablesRemember(
+        secrets.token_hex(8),
+        pair.next_base(names),
+        since=pair.token,
+        unsettled=tuple(sorted(name for name in pair.replaced if name not in names)),
+    )
+    await remember(theirs, base, timeout_s=timeout_s)
+    await staged.commit(drop=drop, base=base)

@@ -71,6 +71,10 @@ class VariablesRemember:
     base: str = ""
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     """As in VariablesBase."""
+    since: str = ""
+    """The base before this one, if there is one."""
+    unsettled: Tuple[str, ...] = ()
+    """Variables without readable content that count as replaced if they were replaced since then."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,8 @@ class VariablesCommit:
     drop: Tuple[str, ...] = ()
     base: str = ""
     fingerprints: Mapping[str, str] = field(default_factory=dict)
+    since: str = ""
+    unsettled: Tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -192,11 +198,15 @@ def _is_token(value: object) -> bool:
     return isinstance(value, str) and 0 < len(value) <= MAX_TOKEN_CHARS and value.isascii() and value.isalnum()
 
 
-def _token(read: Fields) -> str:
-    value = read.text("base", max_chars=MAX_TOKEN_CHARS)
+def _token(read: Fields, key: str = "base") -> str:
+    value = read.text(key, max_chars=MAX_TOKEN_CHARS)
     if not _is_token(value):
-        raise read.fail("base", "a token")
+        raise read.fail(key, "a token")
     return value
+
+
+def _since(read: Fields) -> str:
+    return _token(read, "since") if read.text("since", max_chars=MAX_TOKEN_CHARS) else ""
 
 
 def _is_fingerprint(value: object) -> bool:
@@ -264,12 +274,16 @@ def _failed(read: Fields) -> VariablesFailed:
 READERS: Dict[str, Callable[[Fields], Any]] = {
     "variables_survey": lambda read: VariablesSurvey(read.integer("budget_ms", low=0, high=2**31)),
     "variables_recall": lambda read: VariablesRecall(_token(read)),
-    "variables_remember": lambda read: VariablesRemember(_token(read), _fingerprints(read)),
+    "variables_remember": lambda read: VariablesRemember(
+        _token(read), _fingerprints(read), _since(read), _names(read, "unsettled")
+    ),
     "variables_export": lambda read: VariablesExport(
         _names(read, "names"), read.integer("limit_bytes", low=0, high=_MAX_SIZE)
     ),
     "variables_import": lambda read: VariablesImport(),
-    "variables_commit": lambda read: VariablesCommit(_names(read, "drop"), _token(read), _fingerprints(read)),
+    "variables_commit": lambda read: VariablesCommit(
+        _names(read, "drop"), _token(read), _fingerprints(read), _since(read), _names(read, "unsettled")
+    ),
     "variables_table": _table,
     "variables_base": lambda read: VariablesBase(
         _fingerprints(read), _names(read, "replaced"), read.flag("complete", default=False)

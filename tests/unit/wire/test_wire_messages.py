@@ -26,7 +26,7 @@ HOST = [
     m.Cancel(),
     v.VariablesSurvey(1500),
     v.VariablesRecall("a1"),
-    v.VariablesRemember("a1", {"x": PRINT, "ü": ""}),
+    v.VariablesRemember("a1", {"x": PRINT, "ü": ""}, "a0", ("x",)),
     v.VariablesExport(("x", "_y"), 2**40),
     v.VariablesImport(),
     v.VariablesCommit(("x",), "b2", {}),

@@ -10,18 +10,20 @@ from __future__ import annotations
 import sys
 import time
 import weakref
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 from podflare.guest.variables.fingerprint import Reader, read_variable
 from podflare.wire.variables import MAX_BASES, MAX_VARIABLES, Variable, VariablesBase, is_told
 
-QUICK_LOOK_S = 0.002
-"""For all variables together."""
+QUICK_LOOK_S = 0.003
+"""For all variables together; of processor time, so that what is known does not hang on how busy the machine is."""
 _QUICK_VALUE_S = 0.001
 _QUICK_BYTES = 1024 * 1024
 """Of one value: what can be read in a fraction of the time."""
 _AT_ONCE = frozenset((type(None), bool, int, float, complex, str, bytes, type(sys)))
 """Types that cost next to nothing, and so come first."""
+
+_clock = time.thread_time
 
 
 class Moment:
@@ -39,6 +41,12 @@ class Moment:
         except TypeError:
             pass  # it has no weak references; then its type alone tells it from others
 
+    def watch_as(self, other: "Moment", names: Optional[Sequence[str]] = None) -> None:
+        """Notice what `other` would, of all names or of these."""
+        for name in other._opaque if names is None else names:
+            if name in other._opaque:
+                self._opaque[name] = other._opaque[name]
+
     def replaced(self, namespace: Mapping[str, Any]) -> List[str]:
         """Names whose value is another object now."""
         return [name for name, value in self._opaque.items() if name in namespace and namespace[name] is not value()]
@@ -52,6 +60,8 @@ class Bases:
         """Token -> moment; None: nothing has changed since."""
         self._now: Optional[Moment] = None
         """The variables of now, if they were all read since the last change."""
+        self._read: Optional[Moment] = None
+        """The variables when they were all read last."""
 
     def begin(self, token: str) -> None:
         """The present state is a base: a fork happens."""
@@ -74,11 +84,21 @@ class Bases:
 
     def surveyed(self, variables: Mapping[str, Variable], namespace: Mapping[str, Any], complete: bool) -> None:
         """The variables of now were read."""
-        self._now = _moment(variables, namespace, complete)
+        self._now = self._read = _moment(variables, namespace, complete)
 
-    def remember(self, token: str, fingerprints: Mapping[str, str]) -> None:
-        """A base that was agreed on."""
-        self._put(token, Moment(fingerprints, complete=True))
+    def remember(
+        self, token: str, fingerprints: Mapping[str, str], since: str = "", unsettled: Sequence[str] = ()
+    ) -> None:
+        """A base that was agreed on.
+
+        Values without readable content are those of now, but of `unsettled` those of the base `since`.
+        """
+        moment, before = Moment(fingerprints, complete=True), self._moments.get(since)
+        if self._read is not None:
+            moment.watch_as(self._read)
+        if before is not None:
+            moment.watch_as(before, unsettled)
+        self._put(token, moment)
 
     def recall(self, token: str, namespace: Mapping[str, Any]) -> Optional[VariablesBase]:
         """None if this REPL does not know that base, or if the present state is it."""
@@ -108,14 +128,14 @@ def _is_private(name: Any) -> bool:
 def quick_look(namespace: Mapping[str, Any]) -> Moment:
     """The state of now as far as it can be read in QUICK_LOOK_S."""
     values, left_out = told(namespace)
-    end_s = time.monotonic() + QUICK_LOOK_S
+    end_s = _clock() + QUICK_LOOK_S
     variables: Dict[str, Variable] = {}
     for name, value in _cheap_first(values):
-        now_s = time.monotonic()
+        now_s = _clock()
         if now_s >= end_s:
             variables[name] = Variable("")
             continue
-        reader = Reader(min(end_s, now_s + _QUICK_VALUE_S), max_bytes=_QUICK_BYTES, quick=True)
+        reader = Reader(min(end_s, now_s + _QUICK_VALUE_S), clock=_clock, max_bytes=_QUICK_BYTES, quick=True)
         variables[name] = read_variable(reader, value)
     return _moment(variables, values, left_out == 0)
 

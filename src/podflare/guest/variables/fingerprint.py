@@ -99,14 +99,22 @@ class Reading(NamedTuple):
 class Reader:
     """Reads values until a moment in time."""
 
-    def __init__(self, deadline_s: float, *, max_bytes: Optional[int] = None, quick: bool = False) -> None:
+    def __init__(
+        self,
+        deadline_s: float,
+        *,
+        clock: Callable[[], float] = _monotonic,
+        max_bytes: Optional[int] = None,
+        quick: bool = False,
+    ) -> None:
         """
         Args:
-            deadline_s: on the monotonic clock.
+            deadline_s: on `clock`.
             max_bytes: of one value.
             quick: run no code of the user's: values that would need it are Unreadable.
         """
         self._deadline_s = deadline_s
+        self._clock = clock
         self._max_bytes = max_bytes
         self._quick = quick
         self._ticks = 0
@@ -142,7 +150,7 @@ class Reader:
             self._look_at_clock()
 
     def _look_at_clock(self) -> None:
-        if _monotonic() > self._deadline_s:
+        if self._clock() > self._deadline_s:
             raise Unreadable("reading it took too long")
 
     def _count(self, size: int) -> None:

@@ -103,7 +103,7 @@ class Operations:
             found = self.bases.recall(order.base, self._variables)
             self._say(found or VariablesFailed(NO_BASE, "that base is not remembered"))
         elif isinstance(order, VariablesRemember):
-            self.bases.remember(order.base, order.fingerprints)
+            self.bases.remember(order.base, order.fingerprints, order.since, order.unsettled)
         elif isinstance(order, VariablesExport):
             self._export(order)
         else:
@@ -175,7 +175,7 @@ class Operations:
         self._variables.update(values)
         for name in commit.drop:
             self._variables.pop(name, None)
-        self.bases.remember(commit.base, commit.fingerprints)
+        self.bases.remember(commit.base, commit.fingerprints, commit.since, commit.unsettled)
         del replaced  # their finalizers run now
 
     def _next(self) -> frames.Frame:
