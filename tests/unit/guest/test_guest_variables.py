@@ -287,8 +287,8 @@ def test_an_object_that_hangs_can_be_interrupted(guest, order, body):
 def test_an_object_that_ignores_the_interrupt_is_killed(guest):
     """Kill ends the REPL; the next cell is told that its variables are lost."""
     guest.run(
-        "class Deaf:\n  def __reduce__(self):\n    open('began', 'w').close()\n    while True:\n      try:\n"
-        "        while True: pass\n      except BaseException: pass\nh = Deaf()"
+        "import time\nclass Deaf:\n  def __reduce__(self):\n    open('began', 'w').close()\n    while True:\n"
+        "      try: time.sleep(60)\n      except BaseException: pass\nh = Deaf()"
     )
     channel = start(guest, VariablesSurvey(60_000))
     wait_for(guest.home / "began")
