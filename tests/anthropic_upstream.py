@@ -4,9 +4,9 @@ The newest text of the user that begins with `script:` holds the rounds to come 
 and any number of conversations can run at a time.  A round is a list of parts:
 
     {"text": "..."}, {"thinking": "..."}, {"bash": "..."}, {"edit": {...}}, {"code": "..."},
-    {"tool": name, "input": {...}}, {"echo": true} (the tool results it was given, as text),
-    {"raw": {...}} (a block as it is), {"stop": "max_tokens"}, {"fail": [status, error type]}, {"cut": true},
-    {"garbage": "..."}, {"hang": true}, {"stream_error": "overloaded_error"}
+    {"tool": name, "input": {...}}, {"echo": true} (the tool results it was given, as text), {"flood": n} (much text),
+    {"raw": {...}} (a block as it is), {"stop": "max_tokens"}, {"fail": [status, error type, how often]},
+    {"hang": true}, {"cut": true}, {"garbage": "..."}, {"stream_error": "overloaded_error"}
 
 A thinking block is signed over all that came before it, and the signature is checked whenever it comes back: a history
 that was put together differently is refused.
@@ -14,11 +14,12 @@ that was put together differently is refused.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
 import re
+import select
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -97,15 +98,14 @@ class Upstream(Judge):
         self.rejected: list[str] = []
         self.failures: dict[str, int] = {}
         """How often a `fail` part has failed, by its text; one with a third entry fails so often only."""
-        self.release = threading.Event()
-        """Lets what hangs go on."""
+        self.broken = 0
+        """Answers that nobody took to their end."""
         upstream = self
 
         class Handler(_Handler):
             owner = upstream
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
 
     @property
@@ -117,7 +117,6 @@ class Upstream(Judge):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.release.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -247,6 +246,8 @@ def answer(judge: Judge, body: dict[str, Any], parts: list[dict[str, Any]]) -> d
             content.append({"type": "tool_use", "id": part.get("id") or judge.next_id("toolu"), **made})
         elif "text" in part:
             content.append({"type": "text", "text": part["text"], "citations": None})
+        elif "flood" in part:
+            content.append({"type": "text", "text": "x" * part["flood"], "citations": None})
         elif "echo" in part:
             content.append({"type": "text", "text": _told(messages), "citations": None})
         elif "thinking" in part:
@@ -295,6 +296,11 @@ def _pieces(text: str) -> list[str]:
     return [text[at : at + size] for at in range(0, len(text), size)]
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 256
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 60
@@ -322,8 +328,10 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path.startswith("/v1/messages/count_tokens"):
             self._send(200, {"input_tokens": len(json.dumps(body))})
             return
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        try:
             self._converse(body)
+        except (BrokenPipeError, ConnectionResetError):
+            self.owner.broken += 1
 
     def _converse(self, body: dict[str, Any]) -> None:
         parts = next_round(body["messages"])
@@ -333,12 +341,17 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send(status, _error(kind, "as the script says"), {"retry-after": part.get("after", "0.1")})
                 return
             if "hang" in part:
-                self.owner.release.wait(30)
+                self._hang()
         message = answer(self.owner, body, parts)
         if body.get("stream"):
             self._stream(message, parts)
         else:
             self._send(200, message)
+
+    def _hang(self) -> None:
+        """Until the other side goes away.  Raises: ConnectionResetError."""
+        if select.select([self.connection], [], [], 30)[0] and not self.connection.recv(1, socket.MSG_PEEK):
+            raise ConnectionResetError
 
     def _fails(self, words: list[Any]) -> bool:
         key = json.dumps(words)
