@@ -263,11 +263,14 @@ def _variables_diff(call: Call, value: Any) -> VariablesDiff:
     parts: dict[str, Any] = {}
     for key, keys in _VARIABLE_KEYS.items():
         part = value.get(key) if isinstance(value, dict) else None
-        if not isinstance(part, dict) or not all(keys <= set(one) for one in part.values() if keys):
+        if not isinstance(part, dict) or not all(isinstance(one, dict) and keys <= set(one) for one in part.values()):
             raise ProtocolError(f"{call.what}: the answer tells no {key} variables")
         parts[key] = {name: part[name] for name in sorted(part)}
+    unread = value.get("unread")
+    if not isinstance(unread, dict):
+        raise ProtocolError(f"{call.what}: the answer tells no unread variables")
     return VariablesDiff(
-        added=parts["added"], removed=parts["removed"], changed=parts["changed"], unread=parts["unread"]
+        added=parts["added"], removed=parts["removed"], changed=parts["changed"], unread=dict(sorted(unread.items()))
     )
 
 
@@ -275,7 +278,6 @@ _VARIABLE_KEYS: Mapping[str, frozenset[str]] = {
     "added": VariableState.__required_keys__,
     "removed": VariableState.__required_keys__,
     "changed": VariableChange.__required_keys__,
-    "unread": frozenset(),
 }
 
 

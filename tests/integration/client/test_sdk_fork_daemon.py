@@ -269,6 +269,36 @@ async def test_explore_async_and_its_cancellation(sdk_daemon: ServedDaemon) -> N
         await a.close()
 
 
+def test_diff_tells_variables(parent: Sandbox) -> None:
+    """With variables=True the answer tells those that a branch added, removed and changed, and files as ever."""
+    parent.run_code("rows = [1]; gone = 1; same = {1, 2}")
+    with parent.fork()[0] as child:
+        child.run_code("rows.append(2); del gone; new = 'x'; open('/root/new', 'w')")
+        found = parent.diff(child, variables=True)
+        assert found["added"] == ["/root/new"]
+        variables = found["variables"]
+        assert [list(variables[key]) for key in ("added", "removed", "changed", "unread")] == [
+            ["new"], ["gone"], ["rows"], [],
+        ]  # fmt: skip
+        change = variables["changed"]["rows"]
+        assert (change["type_before"], change["type_after"]) == ("list", "list")
+        assert change["fingerprint_before"] != change["fingerprint_after"]
+        assert "variables" not in parent.diff(child)
+        back = child.diff(parent, variables=True)["variables"]["changed"]["rows"]
+        assert back["fingerprint_after"] == change["fingerprint_before"]
+
+
+@pytest.mark.anyio
+async def test_async_diff_tells_variables(sdk_daemon: ServedDaemon) -> None:
+    """The twin tells them, too."""
+    async with AsyncSandbox(host=sdk_daemon.url) as sandbox:
+        await sandbox.run_code("x = 1")
+        async with (await sandbox.fork(1))[0] as child:
+            await child.run_code("x = 2.5")
+            variables = (await sandbox.diff(child, variables=True))["variables"]
+            assert variables["changed"]["x"]["type_after"] == "float"
+
+
 def test_forks_of_the_private_daemon_outlive_their_parent_object() -> None:
     """Without an address, too: children use the parent's connection, also after the parent was closed."""
     parent = Sandbox()

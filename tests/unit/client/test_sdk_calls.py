@@ -190,6 +190,21 @@ def test_diff_answer() -> None:
             _calls.parse_diff(call, body)
 
 
+def test_variables_of_a_diff() -> None:
+    """They are asked for by a query field and come sorted; an answer without a part of them is a protocol error."""
+    call = _calls.diff("sbx_1", "sbx_2", None, False, True)
+    assert call.path.endswith("/diff/sbx_2?variables=true")
+    state = {"type": "int", "size": 5, "fingerprint": "0" * 32}
+    change = {f"{key}_{when}": value for key, value in state.items() for when in ("before", "after")}
+    lists = {"added": [], "removed": [], "modified": []}
+    told = {"added": {"b": state, "a": state}, "removed": {}, "changed": {"c": change}, "unread": {"d": "why"}}
+    found = _calls.parse_diff(call, json.dumps({**lists, "variables": told}).encode())["variables"]
+    assert found == told and list(found["added"]) == ["a", "b"]
+    for spoilt in (None, {**told, "added": []}, {**told, "changed": {"c": state}}, {**told, "added": {"a": 5}}):
+        with pytest.raises(ProtocolError, match="variables"):
+            _calls.parse_diff(call, json.dumps({**lists, "variables": spoilt}).encode())
+
+
 def test_ids_and_paths_cannot_change_the_route() -> None:
     """Slashes, dots, question marks and hashes in ids and file names are quoted."""
     assert _calls.destroy("../x?y").path == "/v1/sandboxes/..%2Fx%3Fy"
