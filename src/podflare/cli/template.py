@@ -87,7 +87,7 @@ def build(
     if built.cached:
         print(f"{manifest.name} is built already, nothing has changed ({_age(manifest)})")
         return
-    packages = f"{len(manifest.packages)} packages, {manifest.size_bytes >> 20} MiB"
+    packages = f"{len(manifest.packages)} package(s), {manifest.size_bytes >> 20} MiB"
     print(f"{manifest.name} is built: {packages}, Python {manifest.python.version}, {manifest.build_s:.0f} s")
     print(f"podflare run --template {manifest.name} -c 'print(1)'")
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 from anyio.from_thread import BlockingPortal
 
+from interpreters import VERSIONS, find_python
 from machines import LIMITS, DrivenMachine
 from podflare.engines.base import EngineOptions, MachineSpec
 from podflare.engines.process.engine import ProcessEngine
@@ -237,6 +239,23 @@ def test_processor_time_is_limited(new_machine: Callable[..., DrivenMachine]) ->
     machine.run("import time; before = time.process_time()")
     used = float(machine.run(code).stdout) - float(machine.run("print(before)").stdout)
     assert used < 0.4
+
+
+@pytest.mark.parametrize("version", [VERSIONS[0], VERSIONS[-2]])
+def test_a_template_can_have_another_python(portal: BlockingPortal, root: Path, version: str) -> None:
+    """A template runs on the interpreter that it names, in its REPL and as `python3`; packages of that one are hidden."""
+    python = find_python(version)
+    if python is None or version == f"{sys.version_info[0]}.{sys.version_info[1]}":
+        pytest.skip(f"no other Python {version} on PATH or in ~/.pyenv/versions")
+    make(root, TemplateStore(root / "store"), "other", f"name = '{{name}}'\npython = '{python}'\n")
+    with started(portal, root) as engine:
+        machine = create(portal, engine, "other")
+        code = "import sys; print('%d.%d' % sys.version_info[:2])"
+        assert machine.run(code).stdout == f"{version}\n"
+        assert machine.run(f'python3 -c "{code}"', "bash").stdout == f"{version}\n"
+        assert machine.run("import pip").error.name == "ModuleNotFoundError"
+        machine.close()
+    TemplateStore(root / "store").remove("other")
 
 
 def test_it_is_described(templated: ProcessEngine) -> None:

@@ -122,7 +122,7 @@ def _make(
     log.write_bytes(b"")
     installed: tuple[Installed, ...] = ()
     if definition.packages:
-        tell(f"installing {len(definition.packages)} packages for Python {python.version}")
+        tell(f"installing {len(definition.packages)} package(s) for Python {python.version}")
         installed = install(python, definition.packages, packages, sources=sources, log=log, tell=tell)
     files, folders = _copy_files(definition, python, tree)
     missing = _link_programs(definition, python, packages / "bin")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -41,13 +42,17 @@ def find(wanted: str) -> Interpreter:
     running = _dotted(sys.version_info[:2])
     if wanted in ("", running):
         return ask(sys.executable)
-    path = shutil.which(f"python{wanted}")
-    if path is None:
-        raise TemplateFailed(
-            f"Python {wanted} is not installed on this computer (there is no python{wanted} on the PATH, and podflare "
-            f"runs on {running}): install it, or name another version or the path of an interpreter as 'python'"
-        )
-    return ask(path)
+    for folder in os.get_exec_path():
+        path = shutil.which(f"python{wanted}", path=folder)
+        try:
+            if path is not None:
+                return ask(path)
+        except TemplateFailed:
+            continue  # a version manager's stand-in for a version that is not there
+    raise TemplateFailed(
+        f"Python {wanted} is not installed on this computer (no python{wanted} on the PATH works, and podflare runs on "
+        f"{running}): install it, or name another version or the path of an interpreter as 'python'"
+    )
 
 
 def ask(executable: str) -> Interpreter:

@@ -20,6 +20,8 @@ from podflare.engines.templates.store import Interpreter
 from podflare.errors import TemplateFailed
 
 INSTALL_TIMEOUT_S = 3600.0
+OLDEST_PIP = (22, 3)
+"""With installation reports, and --python."""
 MAX_LINE_CHARS = 160
 MAX_CHARS = 600
 """Of an explanation; the log has the rest."""
@@ -87,15 +89,17 @@ def install(
 
 
 def _pip(python: Interpreter) -> list[str]:
-    """How pip is started for that interpreter: our own, else its own."""
+    """How pip is started for that interpreter: its own, which fits its version, else the one beside podflare."""
+    own = [python.executable, "-I", "-m", "pip"]
+    done = subprocess.run([*own, "--version"], capture_output=True, text=True, cwd="/")
+    found = re.match(r"pip (\d+)\.(\d+)", done.stdout)
+    if found is not None and (int(found.group(1)), int(found.group(2))) >= OLDEST_PIP:
+        return own
     if importlib.util.find_spec("pip") is not None:
         return [sys.executable, "-I", "-m", "pip", "--python", python.executable]
-    own = [python.executable, "-I", "-m", "pip"]
-    if subprocess.run([*own, "--version"], capture_output=True, cwd="/").returncode == 0:
-        return own
     raise TemplateFailed(
-        f"pip is installed neither beside podflare nor for {python.executable}; it installs a template's packages "
-        "(python -m ensurepip, or apt-get install python3-pip)"
+        f"a template's packages need pip {OLDEST_PIP[0]}.{OLDEST_PIP[1]} or newer, which is installed neither for "
+        f"{python.executable} nor beside podflare (python -m ensurepip, or apt-get install python3-pip)"
     )
 
 
@@ -137,7 +141,7 @@ def _last_step(log: Path, start: int) -> str:
             name = words[1 if words[0] == "Downloading" else -2].rpartition("/")[2]
             return f"fetching {name}"[:MAX_LINE_CHARS]
         if words[:2] == ["Installing", "collected"]:
-            return f"unpacking {len(words) - 3} packages"
+            return f"unpacking {len(words) - 3} package(s)"
         if words[:2] == ["Building", "wheel"]:
             return f"building {words[-2] if len(words) > 3 else ''} from source"[:MAX_LINE_CHARS]
     return ""

@@ -47,6 +47,8 @@ def main(argv: List[str]) -> NoReturn:
 
 def _enter(plan: plans.StagePlan) -> None:
     namespace.prepare_paths(plan.paths)
+    with open(os.devnull, "w"):
+        pass  # Python 3.9 imports a module for its first text file, and on the stage there is none to import from
     # After the site configuration, which may set variables for this computer.
     os.environ.clear()
     os.environ.update(plan.environment)
