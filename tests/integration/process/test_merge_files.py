@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
 
+from podflare.engines.process.layers import MAX_CHAIN
 from podflare.errors import Conflict, MachineFailed
 
 PATHS = ("/root", "/tmp")
@@ -184,6 +186,29 @@ def test_the_base_of_relatives(parent, fork):
     assert merge(early, late).merged == ["/root/p", "/root/q"]
     assert merge(parent, grandchild).merged == ["/root/e", "/root/g", "/root/p"]
     assert merge(late, grandchild).merged == ["/root/e", "/root/g", "/root/p"]
+
+
+def test_the_base_outlives_layers_that_became_one(parent, fork, engine):
+    """Two lines of more generations than are stacked still know what both were, and let go of it with their ends."""
+    before = set(os.listdir(engine._machines_dir))
+    sh(parent, "seq 1 20 > /root/list; echo p > /root/p")
+    lines = fork(parent, 2)
+    sh(lines[0], "sed -i s/^3$/three/ /root/list")
+    sh(lines[1], "sed -i s/^17$/seventeen/ /root/list; rm /root/p")
+    for _ in range(MAX_CHAIN + 1):
+        for side in (0, 1):
+            (child,) = fork(lines[side])
+            lines[side].close()
+            lines[side] = child
+    one, two = lines
+    sh(one, "echo o > /root/o")
+    assert len(one.machine.parts.layers) < MAX_CHAIN
+    assert merge(one, two).merged == ["/root/list", "/root/p"]
+    assert sh(one, "ls /root; sed -n '3p;17p' /root/list") == "list\no\nthree\nseventeen\n"
+    assert merge(parent, one).merged == ["/root/list", "/root/o", "/root/p"]
+    for machine in (one, two, parent):
+        machine.close()
+    assert set(os.listdir(engine._machines_dir)) <= before
 
 
 def test_strangers_have_the_template_as_their_base(new_machine):

@@ -6,6 +6,7 @@ below its children; the parent itself goes on, so it has that moment in no layer
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 MAX_HISTORY = 256
@@ -55,3 +56,22 @@ def common_base(first: str, first_history: History, second: str, second_history:
         earliest = min((fork for fork in next_forks if fork), key=lambda fork: fork.number)
         return earliest.layers
     return common.layers if common else ()
+
+
+def is_base(fork: Fork, living: Mapping[str, History]) -> bool:
+    """Whether two of these machines, by name, have the moment of this fork as their base.
+
+    Either two of its children went on into different ones of them, or one did and the parent went on into another.
+    """
+    lines = set()
+    for name, history in living.items():
+        place = next((at for at, known in enumerate(history) if known.number == fork.number), None)
+        if place is not None:
+            lines.add(history[place - 1].parent if place else name)
+    if len(lines) != 1:
+        return bool(lines)
+    if fork.parent in living:
+        return True
+    return any(
+        later.parent == fork.parent and later.number > fork.number for history in living.values() for later in history
+    )

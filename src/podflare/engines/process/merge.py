@@ -16,7 +16,7 @@ from typing import Any
 import anyio
 
 from podflare.engines.base import FileConflict, FilesPlan
-from podflare.engines.process.ancestry import Fork, History, common_base, lengthened
+from podflare.engines.process.ancestry import Fork, History, common_base, is_base, lengthened
 from podflare.engines.process.birth import Nursery, make_directory
 from podflare.engines.process.disk import disk_usage
 from podflare.engines.process.layers import Layers
@@ -43,16 +43,20 @@ class Kinship:
         self._layers = layers
         self._forks = 0
         self._histories: dict[str, History] = {}
+        """Of the living ones that are forks or have been forked."""
+        self._kept: dict[int, Fork] = {}
+        """Forks whose layers are used here, as all of their own children are closed."""
         self._merged: dict[frozenset[str], str] = {}
         """Of two machines that were merged: the layer that goes on top of their base."""
 
     def born(self, parent: ProcessMachine, children: Iterable[ProcessMachine]) -> None:
         """A fork was made.  What the parent has been merged with, its children have been."""
         self._forks += 1
+        self._histories.setdefault(parent.id, ())
         partners = [(pair - {parent.id}, layer) for pair, layer in self._merged.items() if parent.id in pair]
         for child in children:
             fork = Fork(self._forks, parent.id, child.parts.layers)
-            self._histories[child.id] = lengthened(self._histories.get(parent.id, ()), fork)
+            self._histories[child.id] = lengthened(self._histories[parent.id], fork)
             for partner, layer in partners:
                 self._layers.retain((layer,))
                 self._merged[partner | {child.id}] = layer
@@ -86,8 +90,14 @@ class Kinship:
             await self._layers.release((former,))
 
     async def gone(self, machine: ProcessMachine) -> None:
-        """A machine was closed: nothing can be merged with it any more."""
-        self._histories.pop(machine.id, None)
+        """A machine is closed: nothing can be merged with it any more.  Its own layers are still there."""
+        history = self._histories.pop(machine.id, ())
+        if history and history[0].number not in self._kept and is_base(history[0], self._histories):
+            self._layers.retain(history[0].layers)
+            self._kept[history[0].number] = history[0]
+        for fork in [fork for fork in self._kept.values() if not is_base(fork, self._histories)]:
+            del self._kept[fork.number]
+            await self._layers.release(fork.layers)
         for pair in [pair for pair in self._merged if machine.id in pair]:
             await self._layers.release((self._merged.pop(pair),))
 
