@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from podflare.errors import ProtocolError as ProtocolError
     from podflare.errors import QuotaExceeded as QuotaExceeded
     from podflare.errors import SandboxNotFound as SandboxNotFound
+    from podflare.errors import TemplateFailed as TemplateFailed
     from podflare.errors import TooLarge as TooLarge
     from podflare.errors import Unauthorized as Unauthorized
     from podflare.errors import UnknownRegionError as UnknownRegionError
@@ -127,6 +128,7 @@ _HOMES = {
         "ProtocolError",
         "QuotaExceeded",
         "SandboxNotFound",
+        "TemplateFailed",
         "TooLarge",
         "Unauthorized",
         "UnknownRegionError",
@@ -189,6 +191,7 @@ __all__ = [
     "SandboxInfo",
     "SandboxNotFound",
     "SandboxUsage",
+    "TemplateFailed",
     "TooLarge",
     "ToolCallEvent",
     "Unauthorized",
