@@ -20,6 +20,7 @@ from daemons import ServedDaemon
 from gateways import KEY, Way
 from podflare.errors import BadRequest, Conflict
 from podflare.integrations.anthropic import AsyncLocalCodeExecution, LocalCodeExecution
+from podflare.integrations.anthropic.containers import programs
 
 ROOT = Path(__file__).resolve().parents[3]
 OLD_PYTHON = ROOT / ".venv-client/bin/python"
@@ -117,6 +118,61 @@ def test_a_container_is_forked(execution: LocalCodeExecution, upstream: Upstream
     assert told.content[1].content.stdout == "origin"
     with pytest.raises(BadRequest):
         execution.fork_container("container_never")
+
+
+QUERY = {
+    "name": "query",
+    "description": "Looks something up.",
+    "input_schema": {"type": "object"},
+    "allowed_callers": ["code_execution_20260120"],
+}
+
+
+def test_an_answer_that_comes_too_late(
+    execution: LocalCodeExecution, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The code has had its TimeoutError by then; the late answer gets what came of that."""
+    monkeypatch.setattr(programs, "ANSWER_S", 1)
+    way, tools = Way(upstream.url, execution), [{**TOOL, "type": "code_execution_20260120"}, QUERY]
+    messages: list[Any] = say([{"code": "open('/tmp/begun', 'w'); await query(a=1)"}], [{"text": "done"}])
+    first = way.ask(messages, tools=tools)
+    assert first.container is not None
+    # Another call of the container waits until the code has ended.
+    other = way.ask(say([{"bash": "ls /tmp/begun"}], []), tools=tools, container=first.container.id)
+    assert other.content[1].content.stdout == "/tmp/begun"
+    messages.append({"role": "assistant", "content": first.content})
+    messages.append({"role": "user", "content": [{"type": "tool_result", "tool_use_id": first.content[1].id}]})
+    result = way.ask(messages, tools=tools, container=first.container.id).content[0].content
+    assert "TimeoutError" in result.stderr and result.return_code == 1
+
+
+def test_code_that_runs_into_its_time_limit(
+    execution: LocalCodeExecution, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own time is limited as the model was told, and that is a result, not an error block."""
+    monkeypatch.setattr(programs, "CELL_S", 1)
+    tools = [{**TOOL, "type": "code_execution_20260120"}, QUERY]
+    message = Way(upstream.url, execution).ask(say([{"code": "print('on')\nwhile True: pass"}], []), tools=tools)
+    result = message.content[1].content
+    assert result.return_code != 0 and result.stdout == "on" and "detection_timeout" in result.stderr
+
+
+def test_a_pause_of_an_earlier_program_is_over(daemon: ServedDaemon, upstream: Upstream, tmp_path: Path) -> None:
+    """Code that waited when its program ended is not begun again: the result says that it is not available."""
+    tools = [{**TOOL, "type": "code_execution_20260120"}, QUERY]
+    messages: list[Any] = say([{"code": "await query(a=1)"}], [{"text": "done"}])
+    earlier = LocalCodeExecution(host=daemon.url, data_dir=tmp_path)
+    first = Way(upstream.url, earlier).ask(messages, tools=tools)
+    earlier.close()
+    assert first.container is not None
+    messages.append({"role": "assistant", "content": first.content})
+    messages.append({"role": "user", "content": [{"type": "tool_result", "tool_use_id": first.content[1].id}]})
+    later = LocalCodeExecution(host=daemon.url, data_dir=tmp_path)
+    try:
+        second = Way(upstream.url, later).ask(messages, tools=tools, container=first.container.id)
+    finally:
+        later.close()
+    assert second.content[0].content.error_code == "unavailable" and second.content[1].text == "done"
 
 
 def test_closed_middleware_says_so(execution: LocalCodeExecution, upstream: Upstream) -> None:

@@ -105,6 +105,35 @@ def _streamed(body: dict[str, Any]) -> list[dict[str, Any]]:
             outcome = next(effect.reply.response, b"")
 
 
+def test_an_api_that_cannot_be_reached_amid_a_turn() -> None:
+    """After its tries the turn fails: with an exception, or with an error event for a client that streams."""
+    for begin in (course.in_one_piece, course.streamed):
+        turn = Turn(parse({"messages": [{"role": "user", "content": "hi"}], "tools": TOOLS[:1]}), NO_FILES, "msg")
+        effects, waits, emitted = begin(turn, lambda: None), 0, b""
+        outcome: Any = None
+        with pytest.raises((ProtocolError, StopIteration)) as end:
+            while True:
+                effect = effects.send(outcome)
+                outcome = None
+                if isinstance(effect, course.Send):
+                    whole = json.dumps({**MESSAGE, "stop_reason": "tool_use"}).encode()
+                    data = b"".join(map(encode, events({**MESSAGE, "stop_reason": "tool_use"})))
+                    pieces = iter([whole if begin is course.in_one_piece else data])
+                    outcome = course.Reply(200 if effect.first else None, None, pieces)
+                elif isinstance(effect, (course.Read, course.ReadAll)):
+                    outcome = next(effect.reply.response, b"")
+                elif isinstance(effect, course.Perform):
+                    outcome = blocks.hosted_result(effect.call, blocks.output_content(blocks.BASH, "", "", 0, []))
+                elif isinstance(effect, course.Emit):
+                    emitted += effect.data
+                waits += isinstance(effect, course.Wait)
+        assert waits == 2
+        if begin is course.streamed:
+            assert b"could not be reached" in emitted
+        else:
+            assert isinstance(end.value, ProtocolError)
+
+
 def _one_ask() -> Turn:
     return Turn(
         parse({"messages": [{"role": "user", "content": "hi"}], "tools": TOOLS[:1], "model": "m"}), NO_FILES, "m"

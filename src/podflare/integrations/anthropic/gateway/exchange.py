@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import httpx
 from starlette.types import Receive, Scope, Send
 
@@ -19,6 +20,8 @@ from podflare.errors import BadRequest, PodflareError, ProtocolError, TooLarge, 
 from podflare.integrations.anthropic.gateway.config import GatewayConfig
 from podflare.integrations.anthropic.hosted import refusals
 from podflare.integrations.anthropic.hosted.stream import encode, error_event
+
+_LARGE_BYTES = 1024 * 1024
 
 log = logging.getLogger("podflare.gateway")
 
@@ -95,10 +98,11 @@ class Exchange:
             more = message.get("more_body", False)
             yield message.get("body", b"")
 
-    def parsed(self, body: bytes) -> dict[str, Any]:
+    async def parsed(self, body: bytes) -> dict[str, Any]:
         """Raises: BadRequest if it is no JSON object."""
         try:
-            value = json.loads(body)
+            # A large one takes long enough to hold up everybody's streams.
+            value = json.loads(body) if len(body) < _LARGE_BYTES else await anyio.to_thread.run_sync(json.loads, body)
         except (ValueError, RecursionError) as exc:
             raise BadRequest("The request body is not valid JSON") from exc
         if not isinstance(value, dict):

@@ -12,7 +12,7 @@ MAX_FORKS = 32
 async def fork(exchange: Exchange, containers: Containers) -> None:
     """POST /v1/containers/{id}/fork with {"n": 1..32}: copies of a container, memory and files, under new ids."""
     raw = await exchange.body()
-    n = exchange.parsed(raw).get("n", 1) if raw.strip() else 1
+    n = (await exchange.parsed(raw)).get("n", 1) if raw.strip() else 1
     if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= MAX_FORKS:
         raise BadRequest(f"n: must be a whole number between 1 and {MAX_FORKS}")
     async with exchange.watched():

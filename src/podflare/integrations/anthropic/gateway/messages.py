@@ -25,7 +25,7 @@ _EVENT_STREAM = "text/event-stream; charset=utf-8"
 async def create_message(exchange: Exchange, upstream: Upstream, containers: Containers) -> None:
     """POST /v1/messages."""
     raw = await exchange.body()
-    body = exchange.parsed(raw)
+    body = await exchange.parsed(raw)
     async with exchange.watched():
         if not request.concerns_sandbox(body):
             await pass_through(exchange, upstream, raw)
@@ -48,7 +48,7 @@ async def create_message(exchange: Exchange, upstream: Upstream, containers: Con
 async def count_tokens(exchange: Exchange, upstream: Upstream, containers: Containers) -> None:
     """POST /v1/messages/count_tokens: of what the model would get."""
     raw = await exchange.body()
-    body = exchange.parsed(raw)
+    body = await exchange.parsed(raw)
     async with exchange.watched():
         if not request.concerns_sandbox(body):
             await pass_through(exchange, upstream, raw)

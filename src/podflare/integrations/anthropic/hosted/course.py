@@ -96,6 +96,8 @@ def in_one_piece(turn: Turn, container: Callable[[], Container]) -> Course:
             turn.take_result((yield Perform(turn.step.calls[0])))
             continue
         reply = yield from _asked(turn.step)
+        if reply.status is None:
+            raise ProtocolError("the model's API could not be reached")
         if not reply.ok:
             return reply
         turn.take_message(_decoded((yield ReadAll(reply))))
