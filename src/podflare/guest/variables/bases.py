@@ -15,10 +15,10 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 from podflare.guest.variables.fingerprint import Reader, read_variable
 from podflare.wire.variables import MAX_BASES, MAX_VARIABLES, Variable, VariablesBase, is_told
 
-QUICK_LOOK_S = 0.003
+QUICK_LOOK_S = 0.002
 """For all variables together; of processor time, so that what is known does not hang on how busy the machine is."""
-_QUICK_VALUE_S = 0.001
-_QUICK_BYTES = 1024 * 1024
+_QUICK_VALUE_S = 0.0007
+_QUICK_BYTES = 256 * 1024
 """Of one value: what can be read in a fraction of the time."""
 _AT_ONCE = frozenset((type(None), bool, int, float, complex, str, bytes, type(sys)))
 """Types that cost next to nothing, and so come first."""

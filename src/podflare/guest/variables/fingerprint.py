@@ -153,9 +153,10 @@ class Reader:
         if self._clock() > self._deadline_s:
             raise Unreadable("reading it took too long")
 
-    def _count(self, size: int) -> None:
+    def _count(self, size: int, ahead: int = 0) -> None:
+        """Add to the size; `ahead` is what will come at least."""
         self._size += size
-        if self._max_bytes is not None and self._size > self._max_bytes:
+        if self._max_bytes is not None and self._size + ahead > self._max_bytes:
             raise Unreadable("it is too large")
 
     # Digests.
@@ -231,6 +232,7 @@ class Reader:
 
     def _items(self, items: Any) -> List[bytes]:
         """Digests of a list or tuple; plain values by the thousand."""
+        self._count(0, ahead=len(items))
         parts = [len(items).to_bytes(8, "little")]
         for start in range(0, len(items), _CHUNK_ITEMS):
             part = items[start : start + _CHUNK_ITEMS]
@@ -248,9 +250,11 @@ class Reader:
         return self._joined(b"t", self._items(value))
 
     def _dict(self, value: Any) -> bytes:
+        self._count(0, ahead=2 * len(value))
         return self._joined(b"d", self._items(list(value)) + self._items(list(value.values())))
 
     def _set(self, value: Any) -> bytes:
+        self._count(0, ahead=len(value))
         items = list(value)
         if _SCALARS.issuperset(map(type, items)):
             ordered = sorted(map(_dumps, items, itertools.repeat(_MARSHAL)))
@@ -280,14 +284,15 @@ class Reader:
 
     def _code(self, value: Any) -> bytes:
         """What the code does; not the cell and the line in which it stands."""
-        parts: List[Any] = [getattr(value, name, None) for name in _CODE_PARTS]
-        return self._joined(b"k", [self._digest(part) for part in parts])
+        plain = tuple(getattr(value, name, None) for name in _CODE_PARTS)
+        return self._joined(b"k", [self._leaf(b"j", _dumps(plain, _MARSHAL)), self._digest(value.co_consts)])
 
     def _function(self, value: Any) -> bytes:
         if is_importable(value):
             return self._named(value)
-        parts: List[Any] = [getattr(value, name) for name in _FUNCTION_PARTS]
-        return self._joined(b"F", [self._digest(part) for part in parts])
+        head = self._digest((value.__module__, value.__qualname__)), self._digest(value.__code__)
+        parts = (getattr(value, name) for name in _FUNCTION_PARTS)
+        return self._joined(b"F", [*head, *(self._digest(part) if part else _NOTHING for part in parts)])
 
     def _descriptor(self, value: Any) -> bytes:
         """property, staticmethod, classmethod, cached_property: by the functions in it."""
@@ -383,7 +388,6 @@ class Reader:
 
 _CODE_PARTS = (
     "co_code",
-    "co_consts",
     "co_names",
     "co_varnames",
     "co_freevars",
@@ -395,16 +399,9 @@ _CODE_PARTS = (
     "co_name",
     "co_exceptiontable",
 )
-_FUNCTION_PARTS = (
-    "__module__",
-    "__qualname__",
-    "__code__",
-    "__defaults__",
-    "__kwdefaults__",
-    "__closure__",
-    "__annotations__",
-    "__dict__",
-)
+_FUNCTION_PARTS = ("__defaults__", "__kwdefaults__", "__closure__", "__annotations__", "__dict__")
+_NOTHING = bytes(FINGERPRINT_CHARS // 2)
+"""In the place of a digest: the function has none of it."""
 
 
 def _package(value: Any) -> str:
