@@ -10,7 +10,7 @@ import os
 import stat
 from typing import Dict, List, Optional, Sequence
 
-from podflare.guest.process.capture import capture_layers
+from podflare.guest.process.capture import merge_below
 from podflare.guest.process.compare import Entry, Layer, open_stack
 from podflare.guest.process.threeway import UNMERGEABLE, Unit
 from podflare.guest.process.transplant import DIRECTORY, found, remove, transplant
@@ -49,8 +49,6 @@ def write_base(
         mounts: where each overlay is mounted.
     Raises: OSError, Changed; what was written so far is the caller's to remove.
     """
-    if former is not None:
-        capture_layers(f"/machines/{former}", f"/machines/{layer}")
     for unit in units:
         top = f"/machines/{layer}/{unit.overlay}/upper"
         os.makedirs(top, 0o755, exist_ok=True)
@@ -65,6 +63,16 @@ def write_base(
                 _put(folder, unit, parts[-1], entry)
         finally:
             os.close(folder)
+
+    if former is not None:
+        for overlay in os.listdir(f"/machines/{former}"):
+            os.makedirs(f"/machines/{layer}/{overlay}/upper", 0o755, exist_ok=True)
+            places = [os.open(f"/machines/{name}/{overlay}/upper", DIRECTORY) for name in (former, layer)]
+            try:
+                merge_below(places[0], places[1], 0)
+            finally:
+                for fd in places:
+                    os.close(fd)
 
 
 def _enter(folder: int, name: str, parts: List[str], stacks: Sequence[List[Layer]]) -> int:
