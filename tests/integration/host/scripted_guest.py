@@ -12,6 +12,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from podflare.engines.base import Death, EngineReport, Limits, MachineSpec, Usage, Wall
+from podflare.errors import UnknownTemplate
 from podflare.wire import frames
 from podflare.wire.api import TemplateInfo
 from podflare.wire.messages import Exec, Exit, Message, Ready, from_host, to_payload
@@ -126,6 +127,7 @@ class ScriptedEngine:
 
     def __init__(self, tasks: TaskGroup, script: Script) -> None:
         self.machines: list[ScriptedMachine] = []
+        self.infos: dict[str, TemplateInfo] = {}
         self.refuse: Exception | None = None
         self.may_create = anyio.Event()
         self.may_create.set()
@@ -134,7 +136,9 @@ class ScriptedEngine:
         self._script = script
 
     def describe(self, template: str) -> TemplateInfo:
-        return TemplateInfo(template)
+        if template not in self.templates:
+            raise UnknownTemplate(f"unknown template {template!r}")
+        return self.infos.get(template, TemplateInfo(template))
 
     async def probe(self) -> EngineReport:
         return EngineReport(self.name, usable=True, walls=())

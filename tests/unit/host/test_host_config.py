@@ -8,7 +8,7 @@ import pytest
 
 from podflare.errors import BadRequest
 from podflare.host.auth import digest
-from podflare.host.config import Config, check_start, split_address
+from podflare.host.config import Config, check_start, default_template_dir, split_address
 
 
 def test_variables_are_read():
@@ -112,3 +112,22 @@ def test_addresses():
     """host:port in all its spellings."""
     assert split_address("127.0.0.1:7070") == ("127.0.0.1", 7070)
     assert split_address("[::]:1") == ("::", 1)
+
+
+def test_where_templates_are(tmp_path):
+    """The variable first, then the user's data directory; every daemon of a user finds the same ones."""
+    found = default_template_dir({"PODFLARE_TEMPLATE_DIR": "/t", "XDG_DATA_HOME": str(tmp_path)})
+    assert found == Path("/t")
+    assert default_template_dir({"XDG_DATA_HOME": str(tmp_path)}) == tmp_path / "podflare" / "templates"
+    environ = {"XDG_DATA_HOME": str(tmp_path), "PODFLARE_POOL_TEMPLATES": " a=1, b = 2,"}
+    for options in ({}, {"embedded": True}):
+        config = Config.from_environment(environ, **options)
+        assert config.template_dir == tmp_path / "podflare" / "templates"
+    assert Config.from_environment(environ).pool_templates == (("a", 1), ("b", 2))
+
+
+@pytest.mark.parametrize("text", ["a", "a=", "=1", "a=-1", "a=b", "a=1;b=2"])
+def test_wrong_pools_are_refused(text):
+    """PODFLARE_POOL_TEMPLATES is a list of TEMPLATE=NUMBER."""
+    with pytest.raises(BadRequest, match="PODFLARE_POOL_TEMPLATES"):
+        Config.from_environment({"PODFLARE_POOL_TEMPLATES": text})

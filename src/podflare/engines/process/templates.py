@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,7 +55,9 @@ class Zygotes:
     def describe(self, name: str) -> TemplateInfo:
         """As Engine.describe."""
         if name == DEFAULT_TEMPLATE:
-            return TemplateInfo(name, description="this computer's own system directories and Python")
+            # Its interpreter is the one below the daemon's environment, so of the same version.
+            text = "this computer's own system directories and Python"
+            return TemplateInfo(name, description=text, python=platform.python_version())
         try:
             info = self._manifest(name).info()
         except TemplateFailed as exc:
@@ -97,7 +100,12 @@ class Zygotes:
                 self._starting[name] = task
                 task.add_done_callback(lambda done: self._started(name, done))
             # Shielded: importing a template's modules may take longer than one caller waits.
-            await asyncio.shield(task)
+            try:
+                await asyncio.shield(task)
+            except asyncio.CancelledError:
+                if self._closed and task.cancelled():  # by `aclose`; the caller was not
+                    raise MachineFailed("the process engine is closed") from None
+                raise
 
     def _started(self, name: str, task: asyncio.Task[_Warm]) -> None:
         del self._starting[name]
