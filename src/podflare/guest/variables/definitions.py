@@ -359,7 +359,10 @@ def cached_function(function: Any, parameters: Dict[str, Any]) -> Any:
 
 def type_variable(name: str, constraints: Any, bound: Any, covariant: bool, contravariant: bool) -> Any:
     """A TypeVar of a cell."""
-    return typing.TypeVar(name, *constraints, bound=bound, covariant=covariant, contravariant=contravariant)
+    make: Any = typing.TypeVar  # a type checker wants to know them all beforehand
+    made = make(name, *constraints, bound=bound, covariant=covariant, contravariant=contravariant)
+    made.__module__ = "__main__"
+    return made
 
 
 def _abc_init(made: Any) -> None:

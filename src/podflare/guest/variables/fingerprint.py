@@ -296,7 +296,8 @@ class Reader:
 
     def _descriptor(self, value: Any) -> bytes:
         """property, staticmethod, classmethod, cached_property: by the functions in it."""
-        parts = [getattr(value, name, None) for name in ("fget", "fset", "fdel", "__func__", "func", "__doc__")]
+        names = ("fget", "fset", "fdel", "__doc__") if type(value) is property else ("__func__", "func")
+        parts = [getattr(value, name, None) for name in names]
         return self._joined(b"D", [self._leaf(b"T", type(value).__name__.encode()), *map(self._digest, parts)])
 
     def _cache(self, value: Any) -> bytes:
