@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Dict, Optional, Tuple, Type
+from typing import Any, Dict, Optional, Tuple
 
-from podflare.errors import BadRequest, PodflareError
+from podflare.errors import BadRequest
 from podflare.wire.api import DIFF_PATHS, MAX_LIFETIME_S, normal_path
 from podflare.wire.codec import Fields
 from podflare.wire.messages import MAX_PATH_CHARS
@@ -162,10 +162,10 @@ class MergeRequest:
         )
 
 
-def _object(body: Any, what: str, error: Type[PodflareError] = BadRequest) -> Fields:
+def _object(body: Any, what: str) -> Fields:
     if not isinstance(body, dict):
-        raise error(f"{what} must be an object, got {type(body).__name__}")
-    return Fields(body, error=error, what=what)
+        raise BadRequest(f"{what} must be an object, got {type(body).__name__}")
+    return Fields(body, error=BadRequest, what=what)
 
 
 def _flag_or_texts(read: Fields, key: str) -> Any:
