@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from test_merge_files import merge, sh, tree
 
-from podflare.engines.base import Limits
+from machines import DrivenMachine
+from podflare.engines.base import EngineOptions, Limits
+from podflare.engines.process.engine import ProcessEngine
 from podflare.errors import MachineFailed, TooLarge
 
 
@@ -106,6 +110,43 @@ def test_more_than_may_be_written(new_machine, fork):
     with pytest.raises(TooLarge, match="rootfs_gb"):
         merge(one, two)
     assert sh(one, "ls /root") == "a\n"
+
+
+@pytest.fixture
+def small_disk(data_dir, portal) -> Iterator[ProcessEngine]:
+    """An engine on a file system of 40 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root to mount a small file system")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m,mode=711", "small", data_dir], check=True, timeout=20)
+
+    async def make() -> ProcessEngine:
+        made = ProcessEngine(EngineOptions(data_dir=str(data_dir), instance=f"t{data_dir.name}"))
+        await made.start()
+        return made
+
+    try:
+        engine = portal.call(make)
+        yield engine
+        portal.call(engine.aclose)
+        assert os.listdir(data_dir / "machines") == []
+    finally:
+        subprocess.run(["umount", "--lazy", data_dir], check=True, timeout=20)
+
+
+def test_the_disk_is_full(small_disk, portal, fork):
+    """If the computer's disk has no room for what is to come, nothing has changed and nothing is left of it."""
+    parent = DrivenMachine.create(portal, small_disk)
+    one, two = fork(parent, 2)
+    sh(two, "head -c 12000000 /dev/urandom > /root/b; echo s > /root/a; rm /etc/services")
+    sh(one, "head -c 6000000 /dev/urandom > /root/mine")
+    before = tree(one)
+    with pytest.raises(MachineFailed, match="No space left"):
+        merge(one, two, ("/root", "/etc"))
+    assert tree(one) == before and "services" in sh(one, "ls -A / | grep podflare || true; ls /etc")
+    sh(one, "rm /root/mine")
+    assert merge(one, two, ("/root/a", "/etc")).merged == ["/etc/services", "/root/a"]
+    for machine in (one, two, parent):
+        machine.close()
 
 
 def test_holes_stay_holes(parent, fork):
