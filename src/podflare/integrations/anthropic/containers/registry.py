@@ -25,6 +25,8 @@ IDLE_S = 3600.0
 CELL_S = 300.0
 _REMEMBERED_S = 30 * 24 * 3600.0
 """How long an expired container is still told from one that never was."""
+_CLOSE_S = 8.0
+_CLOSED_AT_A_TIME = 16
 _REAPED_AFTER_S = 60
 """The daemon ends an idle sandbox this much later than its container expires, also if this program was killed."""
 
@@ -74,11 +76,23 @@ class Containers:
         self._tasks.cancel_scope.cancel()
         await self._tasks.__aexit__(None, None, None)
         with anyio.CancelScope(shield=True):
-            for container in list(self._living.values()):
-                if not self._lasting:
-                    await _close(container.sandbox)
+            if not self._lasting:
+                await self._close_all()
             self._living.clear()
             await self._client.close()
+
+    async def _close_all(self) -> None:
+        """In time that is bounded: what is left ends with the private daemon, or when it is idle."""
+        limiter = anyio.CapacityLimiter(_CLOSED_AT_A_TIME)
+
+        async def close(sandbox: AsyncSandbox) -> None:
+            async with limiter:
+                await _close(sandbox)
+
+        with anyio.move_on_after(_CLOSE_S):
+            async with anyio.create_task_group() as tasks:
+                for container in self._living.values():
+                    tasks.start_soon(close, container.sandbox)
 
     async def create(self, owner: str) -> Container:
         """A new container.  Raises: PodflareError, as AsyncSandbox.create."""
@@ -172,8 +186,7 @@ class Containers:
 
 async def _close(sandbox: AsyncSandbox) -> None:
     try:
-        with anyio.CancelScope(shield=True):
-            await sandbox.close()
+        await sandbox.close()
     except PodflareError:
         return  # its daemon is away; idle sandboxes end by themselves
 

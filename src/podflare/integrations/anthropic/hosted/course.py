@@ -154,12 +154,17 @@ def _relayed(turn: Turn, reply: Reply) -> Generator[Effect, Any, bool]:
     """One sampling to the client; whether the turn can go on."""
     reader = EventReader()
     while data := (yield Read(reply)):
+        shown: list[Event] = []
+        last = ""
         for event in reader.feed(data):
-            shown = turn.take_event(event)
-            yield from _emitted(shown)
+            shown += turn.take_event(event)
             if event["type"] in ("error", "message_stop"):
-                yield Close(reply)
-                return bool(event["type"] == "message_stop")
+                last = event["type"]
+                break
+        yield from _emitted(shown)  # together, as they came: each piece costs more than its events
+        if last:
+            yield Close(reply)
+            return last == "message_stop"
     turn.upstream_ended()
     return True
 
