@@ -16,6 +16,8 @@ from pathlib import Path
 from podflare.engines.base import Limits, Usage, Wall
 
 PREFIX = "podflare-"
+INSTANCE_TIMEOUT_S = 15.0
+"""For what is left of a whole daemon life to end: on a busy machine the kernel takes its time."""
 CPU_PERIOD_US = 100_000
 """Over which processor time is counted: the kernel's own default."""
 _WALLS: dict[str, Wall] = {"memory": "memory_limit", "pids": "process_limit", "cpu": "cpu_limit"}
@@ -56,15 +58,14 @@ class Cgroups:
             Cgroup(self.version, paths).remove(timeout_s=0)
             raise
 
-    def remove_instance(self, instance: str) -> None:
-        """Remove every group of a daemon life, ending what is still in it."""
-        for parent in dict.fromkeys(self.parents.values()):
-            top = parent / f"{PREFIX}{instance}"
-            if not top.is_dir():
-                continue
-            for child in [entry for entry in top.iterdir() if entry.is_dir()]:
-                Cgroup(self.version, {"any": child}).remove(timeout_s=2)
-            _rmdir(top)
+    def remove_instance(self, instance: str) -> bool:
+        """Remove every group of a daemon life, ending what is still in it; False if something would not go."""
+        tops = [parent / f"{PREFIX}{instance}" for parent in dict.fromkeys(self.parents.values())]
+        below = [entry for top in tops if top.is_dir() for entry in top.iterdir() if entry.is_dir()]
+        # All at once: what dies of one machine dies in the groups of all controllers, in its own time.
+        Cgroup(self.version, {str(path): path for path in below}).remove(timeout_s=INSTANCE_TIMEOUT_S)
+        gone = [_rmdir(top) for top in tops]
+        return all(gone)
 
 
 class Cgroup:

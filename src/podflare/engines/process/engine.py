@@ -241,10 +241,11 @@ class ProcessEngine:
         """Remove what a dead daemon's engine left: its control groups with all in them, its machines' directories.
 
         Called by the host at start, for an instance whose lock is free.  Touches nothing of a living one.
+        Raises: OSError if something is still in use; the next start tries again.
         """
         groups = cgroups.detect()
-        if groups.version:
-            groups.remove_instance(instance)
+        if groups.version and not groups.remove_instance(instance):
+            raise OSError(f"control groups of {instance} are still in use")
         machines = data_dir / "machines"
         if machines.is_dir():
             for directory in machines.iterdir():
