@@ -7,6 +7,7 @@ its own sandbox down, but Interrupt and Kill always get through and the agent's 
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import sys
@@ -252,15 +253,27 @@ class Agent:
     def _start_operation(self, frame: frames.Frame) -> None:
         if self._cell is not None:
             raise ProtocolError("the host sent an operation on variables while a cell runs")
-        self._reap()
+        self._replace_dying()
         self._cell = _Cell(frame.channel, self._census.mark(), quiet=True)
         assert self._interpreter.link is not None
         self._interpreter.link.send(frames.MESSAGE, frame.channel, frame.payload)
 
+    def _replace_dying(self) -> None:
+        """A REPL that has just died is replaced first, and does not take the next cell with it."""
+        self._reap()
+        while self._interpreter.link is None:
+            # Its channel has ended and it was killed, but its threads take a moment to be gone.
+            if self._adopted is not None:
+                select.select([self._adopted], [], [])
+                self._on_adopted_end(READ)
+            else:
+                os.waitid(os.P_PID, self._interpreter.pid, os.WEXITED | os.WNOWAIT)
+                self._reap()
+
     def _start_cell(self, frame: frames.Frame, message: Exec) -> None:
         if self._cell is not None:
             raise ProtocolError("the host sent a cell while another one runs")
-        self._reap()  # so that a REPL that has just died is replaced first, and does not take this cell with it
+        self._replace_dying()
         cell = self._cell = _Cell(frame.channel, self._census.mark())
         for stream in self._output.streams:
             kept, dropped = stream.take_kept()
