@@ -84,6 +84,8 @@ def _listen(config: GatewayConfig) -> socket.socket:
         sock = socket.socket(family, kind, number)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # Passed on to every connection: one whose client takes nothing would else hold its last bytes for hours.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(config.stall_s * 1000))
             sock.bind(address)
             sock.listen(_BACKLOG)
         except BaseException:

@@ -101,11 +101,19 @@ def test_a_client_that_hangs_up_interrupts_its_code(front: Way, upstream: Upstre
 
 
 def test_a_client_that_stops_reading_is_dropped(front: Way, upstream: Upstream) -> None:
-    """Its request to the model is given up, and nobody else is held up meanwhile."""
+    """Its request to the model is given up, its connection ended, and nobody else is held up meanwhile."""
     before = upstream.broken
-    with raw_request(front, body([{"flood": 50_000_000}], stream=True), SO_RCVBUF=4096):
+    with raw_request(front, body([{"flood": 50_000_000}], stream=True), SO_RCVBUF=4096) as client:
         assert front.ask(say([{"text": "still here"}]), tools=[TOOL]).content[0].text == "still here"
         until(lambda: upstream.broken > before, "the answer was held for a client that takes nothing")
+        until(lambda: _is_over(front, client), "the connection was held")
+
+
+def _is_over(front: Way, client: socket.socket) -> bool:
+    """Whether the gateway's end of the connection is gone; the kernel does not tell the client."""
+    ends = f":{urlsplit(front.base_url).port:04X}", f":{client.getsockname()[1]:04X}"
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return not any(line[1].endswith(ends[0]) and line[2].endswith(ends[1]) for line in lines)
 
 
 def test_fifty_conversations_at_a_time_stay_apart(front: Way, upstream: Upstream) -> None:
