@@ -157,6 +157,7 @@ INNER = {
 }
 TOOL = [{"type": "code_execution_20260521", "name": "code_execution"}]
 ASK = {"role": "user", "content": "hi"}
+MIXED = {"role": "assistant", "content": [CALL, {"type": "tool_use", "id": "toolu_5", "name": "client", "input": {}}]}
 PAUSED = {"role": "assistant", "content": [CALL, INNER]}
 
 
@@ -176,6 +177,8 @@ def _answered(tool_use_id: str, content: Any = "x") -> dict[str, Any]:
         ([ASK, PAUSED, ASK], {"container": "c"}, "only `tool_result`"),
         ([ASK, PAUSED, _answered("toolu_2")], {"container": None}, "container: required"),
         ([ASK, PAUSED, _answered("toolu_3")], {}, "without `tool_result`"),
+        ([ASK, MIXED, _answered("toolu_4")], {}, "without `tool_result`"),
+        ([ASK, MIXED], {}, "without `tool_result`"),
         ([ASK, PAUSED, _answered("toolu_2", [{"type": "image"}])], {}, "only text"),
         ([], {}, "at least one message"),
         ([{"role": "user"}], {}, "content"),

@@ -123,7 +123,8 @@ def _as_blocks(message: Mapping[str, Any]) -> list[Block]:
 def pending_calls(messages: Sequence[Message]) -> list[Call]:
     """Sandbox calls that still wait to be run, in order; to be run before the model is asked.
 
-    Raises: BadRequest if something else than the results of client tools follows them; for a result without a call.
+    Raises: BadRequest if something else than the results of client tools follows them, or one is missing; for a
+        result without a call.
     """
     waiting: dict[str, Call] = {}
     seen: set[str] = set()
@@ -153,7 +154,22 @@ def pending_calls(messages: Sequence[Message]) -> list[Call]:
                 f"messages.{index}: only `tool_result` blocks may follow while a code execution waits to be run "
                 f"({names:.200})"
             )
+    if waiting:
+        _check_answers(messages)
     return list(waiting.values())
+
+
+def _check_answers(messages: Sequence[Message]) -> None:
+    """Before anything is run: what the API would refuse afterwards."""
+    last = blocks_of(messages[-1]) if messages[-1].get("role") == "user" else []
+    answered = {str(block.get("tool_use_id")) for block in last}
+    asked = [str(block.get("id")) for block in _last_turn(messages) if block.get("type") == "tool_use"]
+    missing = [tool_use_id for tool_use_id in asked if tool_use_id not in answered]
+    if missing:
+        raise BadRequest(
+            f"messages.{len(messages) - 1}: `tool_use` ids were found without `tool_result` blocks immediately after: "
+            f"{', '.join(missing):.400}"
+        )
 
 
 def _only_results(message: Mapping[str, Any]) -> bool:
@@ -173,21 +189,17 @@ def inner_calls(messages: Sequence[Message], call_id: str) -> list[str]:
 def inner_answers(messages: Sequence[Message], call_id: str) -> dict[str, str]:
     """tool_use id -> text that the last message gives to the code of this sandbox call.
 
-    Raises: BadRequest if a call has no result, or one that is no text.
+    Preconditions: `pending_calls` took the messages.
+    Raises: BadRequest for a result that is no text.
     """
-    if not messages or messages[-1].get("role") != "user":
+    if messages[-1].get("role") != "user":
         return {}
-    results = {
-        str(block.get("tool_use_id")): block for block in blocks_of(messages[-1]) if block.get("type") == "tool_result"
+    asked = {str(block.get("id")) for block in _last_turn(messages) if caller_of(block) == call_id}
+    return {
+        str(block["tool_use_id"]): _text_of(block)
+        for block in blocks_of(messages[-1])
+        if str(block.get("tool_use_id")) in asked
     }
-    asked = [block for block in _last_turn(messages) if caller_of(block) == call_id]
-    missing = [str(block.get("id")) for block in asked if str(block.get("id")) not in results]
-    if missing:
-        raise BadRequest(
-            f"messages.{len(messages) - 1}: `tool_use` ids were found without `tool_result` blocks immediately after: "
-            f"{', '.join(missing)}"
-        )
-    return {str(block["id"]): _text_of(results[str(block["id"])]) for block in asked}
 
 
 def _last_turn(messages: Sequence[Message]) -> list[Block]:
