@@ -17,7 +17,7 @@ from podflare.integrations.anthropic.containers.index import FileRow, Index
 MAX_FILE_BYTES = 500 * 1024 * 1024
 MAX_OWNER_BYTES = 10 * 1024 * 1024 * 1024
 MAX_INLINE_BYTES = 32 * 1024 * 1024
-"""Of a file whose content goes into a request."""
+"""Of all files whose content goes into a request."""
 
 
 class FileStore:
@@ -95,9 +95,7 @@ class FileStore:
         return self._directory / row.id
 
     def content(self, row: FileRow) -> bytes:
-        """All of it.  Raises: TooLarge above MAX_INLINE_BYTES; FileMissing if it was deleted meanwhile."""
-        if row.size_bytes > MAX_INLINE_BYTES:
-            raise TooLarge(f"{row.id}: a file of {row.size_bytes} bytes, the cap in a message is {MAX_INLINE_BYTES}")
+        """All of it.  Raises: FileMissing if it was deleted meanwhile."""
         try:
             return self.path_of(row).read_bytes()
         except FileNotFoundError as exc:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import anyio.to_thread
 
-from podflare.errors import NoCapacity, PodflareError, QuotaExceeded
+from podflare.errors import NoCapacity, PodflareError, QuotaExceeded, TooLarge
 from podflare.integrations.anthropic.containers.container import Container, Order
-from podflare.integrations.anthropic.containers.files import FileStore
+from podflare.integrations.anthropic.containers.files import MAX_INLINE_BYTES, FileStore
 from podflare.integrations.anthropic.containers.registry import Containers
 from podflare.integrations.anthropic.hosted.blocks import (
     CODE,
@@ -28,11 +28,15 @@ from podflare.integrations.anthropic.hosted.uploads import input_names
 def look_up_files(request: HostedRequest, store: FileStore, owner: str) -> Files:
     """What the request's files are.  Blocking.
 
-    Raises: FileMissing for an upload that is not there; a document's id that is unknown here is the API's business.
+    Raises: FileMissing for an upload that is not there; TooLarge for more content than a request may have. A document's
+        id that is unknown here is the API's business.
     """
     rows = [store.find(owner, file_id) for file_id in request.uploaded]
     names = input_names([(row.id, row.filename) for row in rows])
     shown = [store.find(owner, file_id) for file_id in request.referenced if store.knows(owner, file_id)]
+    size = sum(row.size_bytes for row in shown)
+    if size > MAX_INLINE_BYTES:
+        raise TooLarge(f"the files of documents and images have {size} bytes, the cap is {MAX_INLINE_BYTES}")
     return Files(names, {row.id: (row.mime_type, store.content(row)) for row in shown})
 
 
