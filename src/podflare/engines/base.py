@@ -23,6 +23,7 @@ Wall = Literal[
     "cgroup_namespace",
     "private_root",
     "seccomp",
+    "signal_filter",
     "dropped_capabilities",
     "no_new_privileges",
     "separate_uid",

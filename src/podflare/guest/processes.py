@@ -208,10 +208,13 @@ def _is_nested(pid: int) -> bool:
 
 def send_signal(pid: int, number: int) -> None:
     """Signal a process or, with a negative pid, a group.  One that is gone already is no error."""
-    try:
-        os.kill(pid, number)
-    except (ProcessLookupError, PermissionError):
-        pass
+    while True:
+        try:
+            return os.kill(pid, number)
+        except InterruptedError:
+            continue  # a child ended while the family was asked (process/signals.py)
+        except (ProcessLookupError, PermissionError):
+            return None
 
 
 def _kill(pid: int) -> None:

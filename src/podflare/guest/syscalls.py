@@ -7,6 +7,7 @@ Linux on x86_64 and aarch64; Python 3.9.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import platform
 import struct
@@ -61,6 +62,7 @@ _NUMBERS = {
     "open_tree": (428, 428),
     "move_mount": (429, 429),
     "close_range": (436, 436),
+    "pidfd_getfd": (438, 438),
     "mount_setattr": (442, 442),
 }
 _COLUMN = {"x86_64": 0, "aarch64": 1}.get(platform.machine(), 0)
@@ -89,6 +91,11 @@ def _path(path: Optional[str]) -> Optional[bytes]:
 def close_range(first: int, last: int) -> None:
     """Close the descriptors from `first` to `last`; those that are not open are no error."""
     _syscall("close_range", ctypes.c_uint(first), ctypes.c_uint(last), ctypes.c_uint(0))
+
+
+def pidfd_getfd(pidfd: int, fd: int) -> int:
+    """A copy of descriptor `fd` of another process.  Needs ptrace rights over it."""
+    return _syscall("pidfd_getfd", ctypes.c_int(pidfd), ctypes.c_int(fd), ctypes.c_uint(0))
 
 
 def unshare(flags: int) -> None:
@@ -209,10 +216,18 @@ def set_capabilities(permitted: Iterable[int] = (), effective: Iterable[int] = (
     _syscall("capset", header, struct.pack("6I", *words))
 
 
-def load_seccomp_filter(program: bytes) -> None:
+_NEW_LISTENER = 1 << 3
+_WAIT_KILLABLE = 1 << 5
+"""Once the listener took the question up, only SIGKILL interrupts the call that waits for the answer (Linux 5.19)."""
+
+
+def load_seccomp_filter(program: bytes, *, listener: bool = False) -> int:
     """Install a compiled BPF program (array of struct sock_filter) for this process and all its children.
 
-    Needs no_new_privs.  Raises: OSError if the kernel refuses the program; ValueError if it is not one.
+    Needs no_new_privs.
+    Args:
+        listener: return a descriptor on which the program asks (seccomp_unotify(2)); else 0 is returned.
+    Raises: OSError if the kernel refuses the program, EBUSY if somebody listens already; ValueError if it is none.
     """
     count, rest = divmod(len(program), 8)
     if rest or not 0 < count <= 4096:
@@ -220,7 +235,15 @@ def load_seccomp_filter(program: bytes) -> None:
     buffer = ctypes.create_string_buffer(program, len(program))
     # struct sock_fprog { unsigned short len; struct sock_filter *filter; } with native padding
     fprog = struct.pack("H6xP", count, ctypes.addressof(buffer))
-    _syscall("seccomp", ctypes.c_uint(1), ctypes.c_uint(0), fprog)  # SECCOMP_SET_MODE_FILTER
+    set_mode_filter = ctypes.c_uint(1)
+    if not listener:
+        return _syscall("seccomp", set_mode_filter, ctypes.c_uint(0), fprog)
+    try:
+        return _syscall("seccomp", set_mode_filter, ctypes.c_uint(_NEW_LISTENER | _WAIT_KILLABLE), fprog)
+    except OSError as exc:
+        if exc.errno != errno.EINVAL:
+            raise
+        return _syscall("seccomp", set_mode_filter, ctypes.c_uint(_NEW_LISTENER), fprog)
 
 
 _PROT_READ, _PROT_WRITE = 1, 2

@@ -27,6 +27,76 @@ for pid in range(2, 5000):
     assert one.run("print(1)").stdout == "1\n"
 
 
+ATTACKS = {
+    "kill": "os.kill(pid, 9)",
+    "kill of the group": "os.kill(-pid, 9)",
+    "tgkill": "libc.syscall(234, pid, pid, 9)",
+    "tkill": "libc.syscall(200, pid, 9)",
+    "rt_sigqueueinfo": "libc.syscall(129, pid, 9, struct.pack('iii116x', 9, 0, -1))",
+    "pidfd": "signal.pidfd_send_signal(os.pidfd_open(pid), 9)",
+    "a directory of /proc": "signal.pidfd_send_signal(os.open(f'/proc/{pid}', os.O_RDONLY), 9)",
+    "an owner of a descriptor": "fcntl.fcntl(r, fcntl.F_SETOWN, pid); arm()",
+    "an owner given in memory": "fcntl.fcntl(r, 15, struct.pack('ii', 1, pid)); arm()",
+    "FIOSETOWN": "fcntl.ioctl(r, 0x8901, struct.pack('i', pid)); arm()",
+}
+
+
+def test_no_signal_of_a_parent_reaches_its_forks(parent, fork):
+    """A parent sees the numbers of its forks' processes, and none of the calls that send signals ends one."""
+    parent.run("kept = 1")
+    child, other = fork(parent, 2)
+    child.run("import subprocess; sleeper = subprocess.Popen(['sleep', '1000'])")
+    assert "signal_filter" in parent.machine.walls
+    for name, attack in ATTACKS.items():
+        told = parent.run(f"""
+import ctypes, fcntl, os, signal, socket, struct
+libc = ctypes.CDLL(None)
+r, w = (sock.detach() for sock in socket.socketpair())
+def arm():
+    fcntl.fcntl(r, fcntl.F_SETSIG, 9); fcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC); os.write(w, b'x')
+others = [int(name) for name in os.listdir('/proc') if name.isdigit() and int(name) not in (1, os.getpid())]
+for pid in others:
+    try: {attack}
+    except OSError: pass
+print(len(others))
+""")
+        assert int(told.stdout) >= 5, "the parent saw no process of its forks"
+        assert child.run("print(kept, sleeper.poll())").stdout == "1 None\n", name
+        assert other.run("print(kept)").stdout == "1\n", name
+    parent.run("pkill -9 sleep; kill -9 -1", "bash")
+    parent.run("import os; os.kill(-1, 9)")
+    assert child.run("print(kept, sleeper.poll())").stdout == "1 None\n"
+
+
+def test_signals_within_a_machine_with_forks_work(parent, fork):
+    """With forks alive, signals to own processes, groups and threads do what they always do."""
+    fork(parent, 2)
+    told = parent.run("""
+import os, signal, subprocess, threading, time
+seen = []
+signal.signal(signal.SIGUSR1, lambda *args: seen.append(args[0]))
+os.kill(os.getpid(), signal.SIGUSR1); signal.raise_signal(signal.SIGUSR1)
+signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+signal.pidfd_send_signal(os.pidfd_open(os.getpid()), signal.SIGUSR1)
+def sleeper(**options): return subprocess.Popen(['sleep', '1000'], **options)
+one, two, group, last = sleeper(), sleeper(), sleeper(start_new_session=True), [sleeper() for _ in range(3)]
+one.kill(); os.kill(two.pid, signal.SIGTERM); os.killpg(group.pid, signal.SIGINT)
+print(seen, one.wait(), two.wait(), group.wait())
+os.kill(-1, signal.SIGTERM)
+print([process.wait() for process in last])
+try: os.kill(4_000_000, 0)
+except OSError as exc: print(exc.strerror)
+try: os.kill(os.getpid(), 99)
+except OSError as exc: print(exc.strerror)
+""")
+    assert told.stdout.splitlines() == [
+        "[10, 10, 10, 10] -9 -15 -2",
+        "[-15, -15, -15]",
+        "No such process",
+        "Invalid argument",
+    ], told
+
+
 def test_a_child_does_not_see_the_other_branches(parent, fork):
     """A child's process list holds its own processes only, and it cannot open another branch's memory."""
     one, two = fork(parent, 2)

@@ -1,10 +1,11 @@
 """The system calls that code in a sandbox may make, compiled to BPF by libseccomp.
 
-Two programs are stacked, the stricter answer wins (seccomp(2)):
+Programs are stacked, the stricter answer wins (seccomp(2)):
 
 1. an allow-list: what container engines allow an unprivileged container by default, less what a sandbox has no use
    for.  A known dangerous call answers EPERM, any other unknown call ENOSYS, so that libraries fall back.
 2. arguments: socket families, namespace flags of clone, terminal injection.
+3. signals: somebody outside of the sandbox is asked (guest/process/signals.py).
 
 Calls of another architecture (32-bit, x32) answer ENOSYS: the lists here say nothing about their numbers.
 """
@@ -71,6 +72,11 @@ UNSUPPORTED = frozenset("clone3 io_uring_enter io_uring_register io_uring_setup 
 NAMESPACE_FLAGS = 0x7E020000
 """CLONE_NEWNS|NEWCGROUP|NEWUTS|NEWIPC|NEWUSER|NEWPID|NEWNET."""
 
+SIGNALS = "kill tkill tgkill rt_sigqueueinfo rt_tgsigqueueinfo pidfd_send_signal".split()
+"""Calls that send a signal to a process by its number."""
+F_SETOWN, F_SETOWN_EX = 8, 15
+_OWNER_REQUESTS = (0x8901, 0x8902)  # FIOSETOWN, SIOCSPGRP: F_SETOWN by other names, with the number in memory
+
 _SOCKET_FAMILIES = (1, 2, 10)  # AF_UNIX, AF_INET, AF_INET6
 _TERMINAL_INJECTION = (0x5412, 0x541C)  # TIOCSTI, TIOCLINUX
 _U32 = 0xFFFFFFFF
@@ -78,7 +84,7 @@ _U32 = 0xFFFFFFFF
 
 @lru_cache(maxsize=1)
 def compile_filters() -> tuple[bytes, ...]:
-    """The BPF programs, in the order in which they are to be loaded.
+    """The BPF programs, in the order in which they are to be loaded; the last one needs a listener.
 
     Raises: IsolationIncomplete if libseccomp is not installed.
     """
@@ -89,7 +95,7 @@ def compile_filters() -> tuple[bytes, ...]:
             f"libseccomp could not be loaded ({exc}); install it: apt-get install libseccomp2 "
             "(Debian, Ubuntu), dnf install libseccomp (Fedora)"
         ) from exc
-    return (_calls(pyseccomp), _arguments(pyseccomp))
+    return (_calls(pyseccomp), _arguments(pyseccomp), _signals(pyseccomp))
 
 
 def _calls(seccomp: object) -> bytes:
@@ -124,6 +130,22 @@ def _arguments(seccomp: object) -> bytes:
         rules.add_rule(no_family, call, arg(0, above, max(_SOCKET_FAMILIES)))
         for kind in (3, 4, 6, 10):  # SOCK_RAW, SOCK_RDM, SOCK_DCCP, SOCK_PACKET
             rules.add_rule(refuse, call, arg(1, masked, 0xF, kind))
+    return _export(rules)
+
+
+def _signals(seccomp: object) -> bytes:
+    """Asks its listener (seccomp_unotify(2)) whether a process may signal another one."""
+    s = seccomp
+    rules = s.SyscallFilter(s.ALLOW)  # type: ignore[attr-defined]
+    _refuse_foreign(s, rules)
+    ask, refuse, arg, masked = s.NOTIFY, s.ERRNO(errno.EPERM), s.Arg, s.MASKED_EQ  # type: ignore[attr-defined]
+    for call in SIGNALS:
+        rules.add_rule(ask, call)
+    # Whom the kernel signals for a descriptor; what is in memory could change after it was looked at.
+    rules.add_rule(ask, "fcntl", arg(1, masked, _U32, F_SETOWN))
+    rules.add_rule(refuse, "fcntl", arg(1, masked, _U32, F_SETOWN_EX))
+    for request in _OWNER_REQUESTS:
+        rules.add_rule(refuse, "ioctl", arg(1, masked, _U32, request))
     return _export(rules)
 
 

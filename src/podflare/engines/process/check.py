@@ -34,6 +34,8 @@ def namespaces_of(pid: int) -> dict[str, str]:
 def check_repl(pid: int, *, namespaces: dict[str, str], filters: int) -> None:
     """Is process `pid` the REPL that a machine with these namespaces waits for, and no more than that?
 
+    Args:
+        filters: the number of the machine's agent.
     Raises: IsolationIncomplete; the caller ends the machine.
     """
     problems: list[str] = []
@@ -49,17 +51,23 @@ def check_repl(pid: int, *, namespaces: dict[str, str], filters: int) -> None:
     for name in ("CapPrm", "CapEff"):
         if int(status[name], 16) & ~REPL_CAPABILITIES:
             problems.append(f"{name} is {status[name]}")
-    if status["NoNewPrivs"] != "1" or (status["Seccomp"], status.get("Seccomp_filters")) != ("2", str(filters)):
+    loaded = (status["Seccomp"], int(status.get("Seccomp_filters", "0")))
+    if status["NoNewPrivs"] != "1" or loaded != ("2", filters):
         problems.append("its system-call filter is not the expected one")
     if problems:
         raise IsolationIncomplete(f"the forked process is not what was ordered: {'; '.join(problems)}")
+
+
+def filters_of(pid: int) -> int:
+    """How many seccomp programs a process is under.  Raises: OSError if it is gone."""
+    return int(_status(pid).get("Seccomp_filters", "0"))
 
 
 def check_confinement(pid: int, *, filters: int, root: bool, cgroup: Cgroup | None) -> tuple[Wall, ...]:
     """The walls around process `pid`, an agent that waits to be let go.
 
     Args:
-        filters: seccomp programs that must be loaded.
+        filters: seccomp programs that are to be loaded; the last one, on signals, may be missing.
         root: the daemon is root, so the agent must have another user id.
         cgroup: the control group that must hold it.
     Raises: IsolationIncomplete with every wall that is missing.
@@ -78,8 +86,10 @@ def check_confinement(pid: int, *, filters: int, root: bool, cgroup: Cgroup | No
     may = sets.pop("CapPrm") & ~REPL_CAPABILITIES  # which the agent gives to REPLs, and uses for nothing itself
     demand("dropped_capabilities", not may and not any(sets.values()), str(sets))
     demand("no_new_privileges", status.get("NoNewPrivs") == "1", "NoNewPrivs is off")
-    loaded = (status.get("Seccomp"), status.get("Seccomp_filters", str(filters)))
-    demand("seccomp", loaded == ("2", str(filters)), f"mode and filters are {loaded}")
+    mode, loaded = status.get("Seccomp"), int(status.get("Seccomp_filters", str(filters)))
+    demand("seccomp", mode == "2" and loaded in (filters, filters - 1), f"mode {mode}, {loaded} filters")
+    if loaded == filters:
+        walls.append("signal_filter")
     demand("private_root", _root_is_overlay(pid), "the root directory is not an overlay")
     if root:
         uids = status.get("Uid", "0").split()

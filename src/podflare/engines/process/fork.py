@@ -176,7 +176,7 @@ async def receive_repl(nursery: Nursery, child: ProcessMachine) -> None:
     message, pid = receive_with_pid(parts.line, "the forked Python process died on its way")
     if "born" not in message:
         raise MachineFailed(f"the forked Python process died on its way: {str(message.get('died', ''))[:500]}")
-    check.check_repl(pid, namespaces=parts.namespaces, filters=nursery.filters)
+    check.check_repl(pid, namespaces=parts.namespaces, filters=parts.filters)
     if parts.cgroup is not None:
         try:
             await asyncio.get_running_loop().run_in_executor(None, parts.cgroup.move, pid)

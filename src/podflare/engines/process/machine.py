@@ -38,6 +38,8 @@ class Parts:
     mount_namespace: int = -1
     layers: tuple[str, ...] = ()
     namespaces: dict[str, str] = field(default_factory=dict)
+    filters: int = 0
+    """Seccomp programs that its agent is under."""
 
     def release(self) -> None:
         """Close the descriptors; the guest takes the end of its channel as the end."""

@@ -22,7 +22,7 @@ START_TIMEOUT_S = 60.0
 ORDER_TIMEOUT_S = 20.0
 _TUNABLES = "glibc.malloc.hugetlb=1"
 """Large blocks of memory in huge pages, where the kernel gives them to who asks: a fork copies page tables, and those
-of 1 GiB in small pages take longer than all the rest of it.  For machines' Python alone; what it executes is as ever."""
+of 1 GiB in small pages take longer than the rest of it.  For machines' Python alone; what it executes is as ever."""
 
 
 class Zygote:

@@ -6,6 +6,7 @@ Each step says which privilege it still needs; the last ones give all of them aw
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import resource
@@ -13,6 +14,7 @@ import socket
 import stat
 import struct
 import uuid
+from typing import Optional
 
 from podflare.guest import syscalls as sc
 from podflare.wire.plan import MachinePlan, StagePlan
@@ -102,10 +104,13 @@ def set_identity(plan: MachinePlan) -> None:
         fcntl.ioctl(sock, 0x8914, struct.pack("16sH14x", b"lo", up_and_running))  # SIOCSIFFLAGS
 
 
-def give_up_privileges(plan: MachinePlan, filters: "tuple[str, ...]") -> None:
+def give_up_privileges(plan: MachinePlan, filters: "tuple[str, ...]") -> Optional[int]:
     """The last step before the agent: no effective capability, none by any exec, and only the allowed system calls.
 
     The agent may still give REPL_CAPABILITIES to the REPLs that it forks (`empower_repl`).
+    Args:
+        filters: the last one asks about signals (signals.py).
+    Returns: the descriptor on which it asks; None where the kernel offers none, and that filter is not loaded.
     """
     for kind, limit in plan.rlimits:
         lower_rlimit(kind, limit)
@@ -113,8 +118,14 @@ def give_up_privileges(plan: MachinePlan, filters: "tuple[str, ...]") -> None:
     sc.empty_bounding_set()  # likewise
     sc.set_capabilities(permitted=REPL_CAPABILITIES)
     sc.set_no_new_privs()
-    for program in filters:
+    for program in filters[:-1]:
         sc.load_seccomp_filter(bytes.fromhex(program))
+    try:
+        return sc.load_seccomp_filter(bytes.fromhex(filters[-1]), listener=True)
+    except OSError as exc:
+        if exc.errno not in (errno.EBUSY, errno.EINVAL):
+            raise
+        return None  # somebody listens for all of this computer's containers, or the kernel is old: a wall less
 
 
 def empower_repl() -> None:

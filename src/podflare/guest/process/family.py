@@ -24,6 +24,7 @@ from podflare.guest.process.capture import capture_layers
 from podflare.guest.process.carry import run_carrier
 from podflare.guest.process.comparison import answer_comparison
 from podflare.guest.process.merging import answer_merge
+from podflare.guest.process.signals import Warden
 from podflare.wire.plan import MachinePlan, StagePlan, machine_from_dict
 
 MAX_ORDER_BYTES = 160 * 1024
@@ -63,33 +64,55 @@ def _serve(stage: StagePlan, control: socket.socket) -> None:
     wake_r, wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
+    warden = Warden()
+    listeners, to_warden = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with selectors.DefaultSelector() as selector:
-        selector.register(control, selectors.EVENT_READ)
-        selector.register(wake_r, selectors.EVENT_READ)
+        for source in (control, wake_r, listeners):
+            selector.register(source, selectors.EVENT_READ)
         while True:
             for key, _ in selector.select():
-                if key.fileobj is not control:
+                if key.fileobj == wake_r:
                     os.read(wake_r, 512)
                     processes.reap()
-                    continue
-                data, fds, _, _ = socket.recv_fds(control, MAX_ORDER_BYTES, MAX_ORDER_FDS)
-                if not data:
-                    return  # the daemon is gone
-                try:
-                    order = json.loads(data)
-                    if "capture" in order:
-                        _capture(control, order)
-                    elif "carry" in order:
-                        _carry(order["carry"], fds)
-                    elif "compare" in order:
-                        _compare(stage, order["compare"], fds[0])
-                    elif "merge" in order:
-                        _merge(stage, order["merge"], fds)
-                    else:
-                        _make_machines(stage, order, fds, own_pid_ns)
-                finally:
-                    for fd in fds:
-                        os.close(fd)
+                elif key.fileobj is listeners:
+                    _, (fd,), _, _ = socket.recv_fds(listeners, 1, 1)
+                    warden.listeners.add(fd)
+                    selector.register(fd, selectors.EVENT_READ)
+                elif key.fileobj is not control:
+                    if not warden.serve(key.fd):
+                        selector.unregister(key.fd)
+                else:
+                    data, fds, _, _ = socket.recv_fds(control, MAX_ORDER_BYTES, MAX_ORDER_FDS)
+                    if not data:
+                        return  # the daemon is gone
+                    try:
+                        _obey(stage, control, json.loads(data), fds, own_pid_ns, warden, to_warden.fileno())
+                    finally:
+                        for fd in fds:
+                            os.close(fd)
+
+
+def _obey(
+    stage: StagePlan,
+    control: socket.socket,
+    order: Dict[str, Any],
+    fds: List[int],
+    own_pid_ns: int,
+    warden: Warden,
+    to_warden: int,
+) -> None:
+    if "capture" in order:
+        _capture(control, order)
+    elif "carry" in order:
+        _carry(order["carry"], fds)
+    elif "compare" in order:
+        _compare(stage, order["compare"], fds[0])
+    elif "merge" in order:
+        _merge(stage, order["merge"], fds)
+    else:
+        if order["nested"]:
+            warden.machines_are_nested()
+        _make_machines(stage, order, fds, own_pid_ns, to_warden)
 
 
 def _capture(control: socket.socket, order: Dict[str, Any]) -> None:
@@ -136,7 +159,7 @@ def _carry(order: Dict[str, Any], fds: List[int]) -> None:
             os._exit(0)
 
 
-def _make_machines(stage: StagePlan, order: Dict[str, Any], fds: List[int], own_pid_ns: int) -> None:
+def _make_machines(stage: StagePlan, order: Dict[str, Any], fds: List[int], own_pid_ns: int, to_warden: int) -> None:
     plans = [machine_from_dict(body) for body in order["plans"]]
     nested: Optional[int] = None
     carrier: Optional[int] = None
@@ -148,30 +171,36 @@ def _make_machines(stage: StagePlan, order: Dict[str, Any], fds: List[int], own_
     births = [Birth(plan, fds[i * each : (i + 1) * each]) for i, plan in enumerate(plans)]
     try:
         if nested is None:
-            _make_agents(stage, births, own_pid_ns, adopts=False, carrier=carrier)
+            _make_agents(stage, births, own_pid_ns, to_warden, adopts=False, carrier=carrier)
             return
         # Machines below another one are made by a process in that one's PID namespace.
         sc.setns(nested, sc.CLONE_NEWPID)
         if os.fork() == 0:
-            _run_nested(stage, births)
+            _run_nested(stage, births, to_warden)
     except OSError as exc:
         _tell_all(births, exc)
     finally:
         sc.setns(own_pid_ns, sc.CLONE_NEWPID)
 
 
-def _run_nested(stage: StagePlan, births: List[Birth]) -> NoReturn:
+def _run_nested(stage: StagePlan, births: List[Birth], to_warden: int) -> NoReturn:
     try:
         signal.set_wakeup_fd(-1)
         own_pid_ns = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
-        _make_agents(stage, births, own_pid_ns, adopts=True)
+        _make_agents(stage, births, own_pid_ns, to_warden, adopts=True)
     except BaseException as exc:
         _tell_all(births, exc)
     os._exit(0)
 
 
 def _make_agents(
-    stage: StagePlan, births: List[Birth], own_pid_ns: int, *, adopts: bool, carrier: Optional[int] = None
+    stage: StagePlan,
+    births: List[Birth],
+    own_pid_ns: int,
+    to_warden: int,
+    *,
+    adopts: bool,
+    carrier: Optional[int] = None,
 ) -> None:
     """Fork an agent into a new PID namespace for each birth; the caller's own stays as it is.
 
@@ -186,7 +215,7 @@ def _make_agents(
         placed_r, placed_w = os.pipe2(os.O_CLOEXEC)
         pid = os.fork()
         if pid == 0:
-            _run_agent(stage, birth, placed_r, adopts=adopts, carrier=carrier)
+            _run_agent(stage, birth, placed_r, to_warden, adopts=adopts, carrier=carrier)
         os.close(placed_r)
         placed.append((birth, pid, placed_w))
     for birth, pid, placed_w in placed:
@@ -205,14 +234,16 @@ def _tell_all(births: List[Birth], exc: BaseException) -> None:
         _tell(birth.birth, {"error": f"new namespaces: {exc}"})
 
 
-def _run_agent(stage: StagePlan, birth: Birth, placed: int, *, adopts: bool, carrier: Optional[int]) -> NoReturn:
+def _run_agent(
+    stage: StagePlan, birth: Birth, placed: int, to_warden: int, *, adopts: bool, carrier: Optional[int]
+) -> NoReturn:
     """Pid 1 of the sandbox: confine itself, let the daemon look at the result, then serve."""
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
         os.umask(0o022)
-        keep = {0, 1, 2, birth.channel, birth.birth, birth.line, placed}
+        keep = {0, 1, 2, birth.channel, birth.birth, birth.line, placed, to_warden}
         close_all_but(keep if carrier is None else keep | {carrier})
         sc.unshare(_NAMESPACES)
         # The layers below may still be on their way: the daemon says when they are there.
@@ -227,7 +258,11 @@ def _run_agent(stage: StagePlan, birth: Birth, placed: int, *, adopts: bool, car
         sc.unshare(sc.CLONE_NEWCGROUP)
         if adopts:
             namespaces.insert(1, os.open("/proc/self/ns/cgroup", os.O_RDONLY | os.O_CLOEXEC))
-        confine.give_up_privileges(birth.plan, stage.filters)
+        listener = confine.give_up_privileges(birth.plan, stage.filters)
+        with socket.socket(fileno=to_warden) as sock:
+            if listener is not None:
+                socket.send_fds(sock, [b"."], [listener])
+                os.close(listener)
         # The daemon checks namespaces, capabilities and filter from outside before it lets the agent go on.
         _tell(birth.birth, {"confined": True})
         if os.read(birth.birth, 16) != b"go":

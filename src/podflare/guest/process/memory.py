@@ -17,6 +17,8 @@ _KERNEL_NAMES = ("[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]", "[uprobes]")
 _PRIVATE, _FIXED, _ANONYMOUS, _GROWS_DOWN, _NO_RESERVE = 0x2, 0x10, 0x20, 0x100, 0x4000
 _PROTECTION = {"r": 1, "w": 2, "x": 4}
 _CHUNK = 1 << 20
+_HUGE = 2 << 20
+_MADV_HUGEPAGE = 14
 
 KEEP, PROTECT, MAP, UNMAP = "keep", "protect", "map", "unmap"
 
@@ -162,6 +164,11 @@ def _carry_out(step: Step, target: Tracee, at: int) -> None:
     elif step.kind == MAP:
         flags = _PRIVATE | _FIXED | _ANONYMOUS | (_GROWS_DOWN if step.grows_down else _NO_RESERVE)
         target.call(at, tr.MMAP, step.start, length, step.protection, flags, -1, 0)
+        if length >= _HUGE and not step.grows_down:
+            try:
+                target.call(at, tr.MADVISE, step.start, length, _MADV_HUGEPAGE)  # as the C library asks for it
+            except OSError:
+                pass  # a kernel without huge pages
 
 
 def _copy_pages(step: Step, source: Tracee, target: Tracee) -> int:

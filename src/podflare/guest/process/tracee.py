@@ -16,7 +16,7 @@ from podflare.guest import syscalls as sc
 
 SUPPORTED = platform.machine() == "x86_64"
 
-MMAP, MPROTECT, MUNMAP, BRK = 9, 10, 11, 12
+MMAP, MPROTECT, MUNMAP, BRK, MADVISE = 9, 10, 11, 12, 28
 """Numbers of the system calls that are made in a tracee's name."""
 
 _READ = 0
