@@ -97,7 +97,8 @@ class Inherited:
                 os.dup2(fresh, file.fd, inheritable=not file.close_on_exec)
                 os.close(fresh)
             mine[file.fd] = file
-            if _is_copied(file) and file.links:
+            # Only of one that may be written is the number of links sure: an overlay shows others those of a layer.
+            if _is_copied(file) and file.links and file.flags & os.O_ACCMODE != os.O_RDONLY:
                 notes.append(f"{file.target[:200]}: what descriptor {file.fd} writes does not reach its other names")
         for mapping in self._mappings:
             try:
