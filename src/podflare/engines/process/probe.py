@@ -61,6 +61,7 @@ def _detail(wall: Wall, available: bool, groups: cgroups.Cgroups) -> str:
         "memory_limit": ("", f"per process only, by rlimit; for a limit on the sum: {groups.detail}"),
         "process_limit": ("by rlimit in the machine's own user namespace", groups.detail),
         "cpu_limit": ("", groups.detail),
+        "signal_filter": ("", "this kernel's filters are listened to already, or it is older than 5.5"),
         "disk_limit": ("looked at every second; single files exactly, by rlimit", ""),
     }
     return details.get(wall, ("", ""))[0 if available else 1]
