@@ -1,7 +1,7 @@
 """A Messages server on this machine for demos without an API key.  It is a script, not a language model.
 
 It checks requests the way the real API does, and each of its turns is made from the tool results that it was sent
-(`podflare.demo.script`): a wrong result changes what it says.
+(`podflare.demo.script`, and `hosted_script` for what comes through the gateway): a wrong result changes what it says.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any
 
+from podflare.demo import hosted_script
 from podflare.demo.script import Call, next_turn
 
 MODEL = "scripted-demo-model"
@@ -108,42 +109,55 @@ def reply(body: Any) -> dict[str, Any]:
         raise Rejected("max_tokens: must be an integer of at least 1")
     if body.get("stream"):
         raise Rejected("stream: the scripted model answers in one piece only")
-    tool = _tool(body.get("tools"))
+    tools = _tools(body.get("tools"))
     results = _results(body.get("messages"))
-    turn = next_turn(results)
-    content: list[dict[str, Any]] = [{"type": "text", "text": turn.says}]
-    if turn.code:
-        number = len(results) + 1
-        content.append({"type": "tool_use", "id": _CALL_ID.format(number), "name": tool, "input": {"code": turn.code}})
+    says, call = _turn(tools, results)
+    content: list[dict[str, Any]] = [{"type": "text", "text": says}]
+    if call:
+        content.append({"type": "tool_use", "id": _CALL_ID.format(len(results) + 1), **call})
     return {
         "id": f"msg_demo_{len(results):02d}",
         "type": "message",
         "role": "assistant",
         "model": MODEL,
         "content": content,
-        "stop_reason": "tool_use" if turn.code else "end_turn",
+        "stop_reason": "tool_use" if call else "end_turn",
         "stop_sequence": None,
-        "usage": {"input_tokens": len(json.dumps(body)) // 4, "output_tokens": len(turn.says + turn.code) // 4},
+        "usage": {"input_tokens": len(json.dumps(body)) // 4, "output_tokens": len(json.dumps(content)) // 4},
     }
 
 
-def _tool(tools: Any) -> str:
-    """The name of the one tool, which must take `code`."""
-    if not isinstance(tools, list) or len(tools) != 1 or not isinstance(tools[0], dict):
-        raise Rejected("tools: the scripted model needs exactly one tool")
-    tool = tools[0]
-    name = tool.get("name")
-    if not isinstance(name, str) or not _TOOL_NAME.fullmatch(name):
-        raise Rejected("tools.0.name: must match ^[a-zA-Z0-9_-]{1,64}$")
-    if tool.get("type", "custom") != "custom":
-        raise Rejected(f"tools.0.type: {tool['type']!r} is run by the API itself; define a client tool")
-    schema = tool.get("input_schema")
-    if not isinstance(schema, dict) or schema.get("type") != "object":
-        raise Rejected("tools.0.input_schema.type: must be 'object'")
-    properties = schema.get("properties")
-    if not isinstance(properties, dict) or not isinstance(properties.get("code"), dict):
+def _turn(tools: dict[str, set[str]], results: list[Call]) -> tuple[str, dict[str, Any]]:
+    """Words, and the name and input of a tool or nothing; which script it is, the tools tell."""
+    if set(tools) == {hosted_script.BASH, hosted_script.EDITOR}:
+        hosted = hosted_script.next_turn(results)
+        return hosted.says, {"name": hosted.tool, "input": hosted.arguments} if hosted.tool else {}
+    if len(tools) != 1:
+        raise Rejected("tools: the scripted model needs exactly one tool, or those of the gateway")
+    ((name, properties),) = tools.items()
+    if "code" not in properties:
         raise Rejected("tools.0.input_schema: the tool must take 'code'")
-    return name
+    turn = next_turn(results)
+    return turn.says, {"name": name, "input": {"code": turn.code}} if turn.code else {}
+
+
+def _tools(tools: Any) -> dict[str, set[str]]:
+    """The names of the tools, each with what it takes."""
+    if not isinstance(tools, list):
+        raise Rejected("tools: must be a list")
+    found: dict[str, set[str]] = {}
+    for index, tool in enumerate(tools):
+        name = tool.get("name") if isinstance(tool, dict) else None
+        if not isinstance(name, str) or not _TOOL_NAME.fullmatch(name):
+            raise Rejected(f"tools.{index}.name: must match ^[a-zA-Z0-9_-]{{1,64}}$")
+        if tool.get("type", "custom") != "custom":
+            raise Rejected(f"tools.{index}.type: {tool['type']!r} is run by the API itself; define a client tool")
+        schema = tool.get("input_schema")
+        if not isinstance(schema, dict) or schema.get("type") != "object":
+            raise Rejected(f"tools.{index}.input_schema.type: must be 'object'")
+        properties = schema.get("properties")
+        found[name] = set(properties) if isinstance(properties, dict) else set()
+    return found
 
 
 def _results(messages: Any) -> list[Call]:
