@@ -50,6 +50,29 @@ def capture_layers(source: str, target: str, merged: Sequence[str] = ()) -> None
             os.close(copy.root)
 
 
+SMALL_ENTRIES = 48
+SMALL_BYTES = 1 << 20
+
+
+def is_small(source: str) -> bool:
+    """Whether copying a machine's layers takes a moment only.  It may grow while it is copied; then it takes longer."""
+    entries, size = 0, 0
+    try:
+        folders = [f"{source}/{name}/upper" for name in os.listdir(source)]
+        while folders:
+            with os.scandir(folders.pop()) as found:
+                for entry in found:
+                    entries += 1
+                    size += entry.stat(follow_symlinks=False).st_size
+                    if entries > SMALL_ENTRIES or size > SMALL_BYTES:
+                        return False
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+    except OSError:
+        return False  # user code changes it at this moment
+    return True
+
+
 _ROOT = "root"
 """The overlay that every machine has at least one layer of: the mode of / is in it."""
 

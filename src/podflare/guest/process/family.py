@@ -20,7 +20,7 @@ from podflare.guest import agent, processes
 from podflare.guest import syscalls as sc
 from podflare.guest.descriptors import close_all_but
 from podflare.guest.process import confine
-from podflare.guest.process.capture import capture_layers
+from podflare.guest.process.capture import capture_layers, is_small
 from podflare.guest.process.carry import run_carrier
 from podflare.guest.process.comparison import answer_comparison
 from podflare.guest.process.merging import answer_merge
@@ -116,18 +116,26 @@ def _obey(
 
 
 def _capture(control: socket.socket, order: Dict[str, Any]) -> None:
-    """In a process of its own: copying may take long, and the family must hear when the daemon goes."""
-    if os.fork() == 0:
-        try:
-            answer: Dict[str, Any] = {"captured": order["to"], "error": None}
+    """Here if there is little to copy; else in a process of its own: the family must hear when the daemon goes."""
+    source = f"/machines/{order['capture']}"
+    if order["merged"] or not is_small(source):
+        if os.fork() == 0:
             try:
-                merged = [f"/machines/{layer}" for layer in order["merged"]]
-                capture_layers(f"/machines/{order['capture']}", f"/machines/{order['to']}", merged)
-            except BaseException as exc:
-                answer["error"] = f"{type(exc).__name__}: {exc}"
-            _tell(control.fileno(), answer)
-        finally:
-            os._exit(0)
+                _answer_capture(control, source, order)
+            finally:
+                os._exit(0)
+    else:
+        _answer_capture(control, source, order)
+
+
+def _answer_capture(control: socket.socket, source: str, order: Dict[str, Any]) -> None:
+    answer: Dict[str, Any] = {"captured": order["to"], "error": None}
+    try:
+        merged = [f"/machines/{layer}" for layer in order["merged"]]
+        capture_layers(source, f"/machines/{order['to']}", merged)
+    except BaseException as exc:
+        answer["error"] = f"{type(exc).__name__}: {exc}"
+    _tell(control.fileno(), answer)
 
 
 def _compare(stage: StagePlan, order: Dict[str, Any], answer_to: int) -> None:
