@@ -21,7 +21,7 @@ def test_calls_that_reach_outside_are_not_allowed():
 
 
 def test_filters_compile_to_whole_bpf_programs():
-    """libseccomp makes two programs of whole 8-byte instructions, below the kernel's cap."""
+    """libseccomp makes three programs of whole 8-byte instructions, below the kernel's cap."""
     programs = seccomp.compile_filters()
     assert len(programs) == 3
     assert all(program and len(program) % 8 == 0 and len(program) // 8 < 4096 for program in programs)
