@@ -18,53 +18,95 @@ from functools import lru_cache
 
 from podflare.errors import IsolationIncomplete
 
-ALLOWED = frozenset(
-    """
-    accept accept4 access alarm arch_prctl bind brk capget capset chdir chmod chown clock_getres clock_gettime
-    clock_nanosleep clone close close_range connect copy_file_range creat dup dup2 dup3 epoll_create epoll_create1
-    epoll_ctl epoll_ctl_old epoll_pwait epoll_pwait2 epoll_wait epoll_wait_old eventfd eventfd2 execve execveat exit
-    exit_group faccessat faccessat2 fadvise64 fallocate fchdir fchmod fchmodat fchmodat2 fchown fchownat fcntl
-    fdatasync fgetxattr flistxattr flock fork fremovexattr fsetxattr fstat fstatfs fsync ftruncate futex
-    futex_waitv futimesat get_mempolicy get_robust_list get_thread_area getcpu getcwd getdents getdents64 getegid
-    geteuid getgid getgroups getitimer getpeername getpgid getpgrp getpid getppid getpriority getrandom getresgid
-    getresuid getrlimit getrusage getsid getsockname getsockopt gettid gettimeofday getuid getxattr inotify_add_watch
-    inotify_init inotify_init1 inotify_rm_watch io_cancel io_destroy io_getevents io_pgetevents io_setup io_submit
-    ioctl ioprio_get ioprio_set kill landlock_add_rule landlock_create_ruleset landlock_restrict_self lchown
-    lgetxattr link linkat listen listxattr llistxattr lremovexattr lseek lsetxattr lstat madvise membarrier
-    memfd_create mincore mkdir mkdirat mknod mknodat mlock mlock2 mlockall mmap mprotect mq_getsetattr mq_notify
-    mq_open mq_timedreceive mq_timedsend mq_unlink mremap msgctl msgget msgrcv msgsnd msync munlock munlockall
-    munmap nanosleep newfstatat open openat openat2 pause personality pidfd_open pidfd_send_signal pipe pipe2
-    pkey_alloc pkey_free pkey_mprotect poll ppoll prctl pread64 preadv preadv2 prlimit64 process_mrelease pselect6
-    pwrite64 pwritev pwritev2 read readahead readlink readlinkat readv recvfrom recvmmsg recvmsg remap_file_pages
-    removexattr rename renameat renameat2 restart_syscall rmdir rseq rt_sigaction rt_sigpending rt_sigprocmask
-    rt_sigqueueinfo rt_sigreturn rt_sigsuspend rt_sigtimedwait rt_tgsigqueueinfo sched_get_priority_max
-    sched_get_priority_min sched_getaffinity sched_getattr sched_getparam sched_getscheduler sched_rr_get_interval
-    sched_setaffinity sched_setattr sched_setparam sched_setscheduler sched_yield seccomp select semctl semget semop
-    semtimedop sendfile sendmmsg sendmsg sendto set_robust_list set_thread_area set_tid_address setfsgid setfsuid
-    setgid setgroups setitimer setns
-    setpgid setpriority setregid setresgid setresuid setreuid setrlimit setsid setsockopt
-    setuid setxattr shmat shmctl shmdt shmget shutdown sigaltstack signalfd signalfd4 socket socketpair splice stat
-    statfs statx symlink symlinkat sync sync_file_range syncfs sysinfo tee tgkill time timer_create timer_delete
-    timer_getoverrun timer_gettime timer_settime timerfd_create timerfd_gettime timerfd_settime times tkill truncate
-    umask uname unlink unlinkat utime utimensat utimes vfork vmsplice wait4 waitid write writev
-    """.split()
-)
+ALLOWED_FOR = {
+    "files and directories of its own tree": """
+        access chdir chmod chown creat faccessat faccessat2 fadvise64 fallocate fchdir fchmod fchmodat fchmodat2
+        fchown fchownat fdatasync fgetxattr flistxattr flock fremovexattr fsetxattr fstat fstatfs fsync
+        ftruncate futimesat getcwd getdents getdents64 getxattr inotify_add_watch inotify_init inotify_init1
+        inotify_rm_watch lchown lgetxattr link linkat listxattr llistxattr lremovexattr lseek lsetxattr lstat
+        mkdir mkdirat mknod mknodat newfstatat open openat openat2 readahead readlink readlinkat removexattr
+        rename renameat renameat2 rmdir setxattr stat statfs statx symlink symlinkat sync sync_file_range syncfs
+        truncate umask unlink unlinkat utime utimensat utimes
+    """,
+    "descriptors: reading, writing, waiting": """
+        close close_range copy_file_range dup dup2 dup3 epoll_create epoll_create1 epoll_ctl epoll_ctl_old
+        epoll_pwait epoll_pwait2 epoll_wait epoll_wait_old eventfd eventfd2 fcntl io_cancel io_destroy
+        io_getevents io_pgetevents io_setup io_submit ioctl pipe pipe2 poll ppoll pread64 preadv preadv2
+        pselect6 pwrite64 pwritev pwritev2 read readv select sendfile splice tee vmsplice write writev
+    """,
+    "its own memory": """
+        brk get_mempolicy madvise membarrier memfd_create mincore mlock mlock2 mlockall mmap mprotect mremap
+        msync munlock munlockall munmap pkey_alloc pkey_free pkey_mprotect remap_file_pages
+    """,
+    "processes and threads": """
+        arch_prctl clone execve execveat exit exit_group fork futex futex_waitv get_robust_list get_thread_area
+        getpgid getpgrp getpid getppid getsid gettid personality pidfd_open prctl process_mrelease rseq
+        set_robust_list set_thread_area set_tid_address setpgid setsid vfork wait4 waitid
+    """,
+    "identity, which no capability lets it change": """
+        capget capset getegid geteuid getgid getgroups getresgid getresuid getuid setfsgid setfsuid setgid
+        setgroups setregid setresgid setresuid setreuid setuid
+    """,
+    "limits and scheduling within its control group": """
+        getcpu getpriority getrlimit getrusage ioprio_get ioprio_set prlimit64 sched_get_priority_max
+        sched_get_priority_min sched_getaffinity sched_getattr sched_getparam sched_getscheduler
+        sched_rr_get_interval sched_setaffinity sched_setattr sched_setparam sched_setscheduler sched_yield
+        setpriority setrlimit
+    """,
+    "signals within its PID namespace": """
+        kill pause pidfd_send_signal restart_syscall rt_sigaction rt_sigpending rt_sigprocmask rt_sigqueueinfo
+        rt_sigreturn rt_sigsuspend rt_sigtimedwait rt_tgsigqueueinfo sigaltstack signalfd signalfd4 tgkill tkill
+    """,
+    "telling time, timers": """
+        alarm clock_getres clock_gettime clock_nanosleep getitimer gettimeofday nanosleep setitimer time
+        timer_create timer_delete timer_getoverrun timer_gettime timer_settime timerfd_create timerfd_gettime
+        timerfd_settime times
+    """,
+    "sockets in its own network": """
+        accept accept4 bind connect getpeername getsockname getsockopt listen recvfrom recvmmsg recvmsg sendmmsg
+        sendmsg sendto setsockopt shutdown socket socketpair
+    """,
+    "shared memory and queues in its own namespace": """
+        mq_getsetattr mq_notify mq_open mq_timedreceive mq_timedsend mq_unlink msgctl msgget msgrcv msgsnd
+        semctl semget semop semtimedop shmat shmctl shmdt shmget
+    """,
+    "confining itself further": "landlock_add_rule landlock_create_ruleset landlock_restrict_self seccomp",
+    "asking the system": "getrandom sysinfo uname",
+    "moving forks, which asks for capabilities that only a REPL has": "setns",
+}
+"""Why a call is allowed, and which calls that are."""
 
-# setns is in the list for the REPL alone, which moves its forks into their machines with it: it asks for capabilities
-# that no other process of a sandbox has.
+REFUSED_FOR = {
+    "mounts and roots": """
+        chroot fsconfig fsmount fsopen fspick mount mount_setattr move_mount open_tree pivot_root umount umount2
+    """,
+    "new namespaces, names of the machine": "setdomainname sethostname unshare",
+    "other processes' memory, descriptors and tracing": """
+        kcmp pidfd_getfd process_madvise process_vm_readv process_vm_writev ptrace
+    """,
+    "programs and keys in the kernel": """
+        add_key bpf delete_module finit_module get_kernel_syms init_module kexec_file_load kexec_load keyctl
+        perf_event_open query_module request_key userfaultfd
+    """,
+    "files by handle, watching and accounting all of a file system": """
+        acct fanotify_init fanotify_mark lookup_dcookie name_to_handle_at nfsservctl open_by_handle_at quotactl
+        quotactl_fd sysfs uselib ustat
+    """,
+    "clocks, power, swap, consoles, ports of the machine": """
+        adjtimex clock_adjtime clock_settime ioperm iopl reboot settimeofday stime swapoff swapon syslog vhangup
+        vm86 vm86old
+    """,
+    "placing memory on the machine's nodes": """
+        mbind migrate_pages move_pages set_mempolicy set_mempolicy_home_node
+    """,
+}
+"""Known dangerous calls, by what they would reach.  Answer EPERM, as container engines do: present, but not for you."""
 
-REFUSED = frozenset(
-    """
-    acct add_key adjtimex bpf chroot clock_adjtime clock_settime delete_module fanotify_init fanotify_mark
-    finit_module fsconfig fsmount fsopen fspick get_kernel_syms init_module ioperm iopl kcmp kexec_file_load
-    kexec_load keyctl lookup_dcookie mbind migrate_pages mount mount_setattr move_mount move_pages name_to_handle_at
-    nfsservctl open_by_handle_at open_tree perf_event_open pidfd_getfd pivot_root process_madvise process_vm_readv
-    process_vm_writev ptrace query_module quotactl quotactl_fd reboot request_key set_mempolicy
-    set_mempolicy_home_node setdomainname sethostname settimeofday stime swapoff swapon sysfs syslog umount
-    umount2 unshare uselib userfaultfd ustat vhangup vm86 vm86old
-    """.split()
-)
-"""Answer EPERM, as container engines do: present, but not for you."""
+ALLOWED = frozenset(" ".join(ALLOWED_FOR.values()).split())
+REFUSED = frozenset(" ".join(REFUSED_FOR.values()).split())
+
+PERSONALITIES = (0x0, 0x8, 0x20000, 0x20008, 0xFFFFFFFF)
+"""Arguments of personality(2) that turn off no protection: Linux, its 32-bit word, UNAME26, asking."""
 
 UNSUPPORTED = frozenset("clone3 io_uring_enter io_uring_register io_uring_setup memfd_secret".split())
 """Answer ENOSYS, so that libraries take the older call (clone3 keeps its flags in memory, out of a filter's sight)."""
@@ -102,9 +144,11 @@ def _calls(seccomp: object) -> bytes:
     s = seccomp
     rules = s.SyscallFilter(s.ERRNO(errno.ENOSYS))  # type: ignore[attr-defined]  # pyseccomp has no types
     _refuse_foreign(s, rules)
-    for name in sorted(ALLOWED):
+    for name in sorted(ALLOWED - {"personality"}):
         if _known(s, name):
             rules.add_rule(s.ALLOW, name)  # type: ignore[attr-defined]
+    for value in PERSONALITIES:
+        rules.add_rule(s.ALLOW, "personality", s.Arg(0, s.MASKED_EQ, _U32, value))  # type: ignore[attr-defined]
     for name in sorted(REFUSED):
         if _known(s, name):
             rules.add_rule(s.ERRNO(errno.EPERM), name)  # type: ignore[attr-defined]
