@@ -16,21 +16,24 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from podflare import Client
 from podflare.demo.agent import DEFAULT_MODEL
 from podflare.demo.scripted_model import MODEL as SCRIPTED_MODEL
 from podflare.demo.scripted_model import ScriptedModel
 from podflare.errors import NotBuilt, PodflareError
+from podflare.integrations.anthropic.containers.index import Index
 
 PROGRAM = Path(__file__).with_name("hosted_program.py")
 _API = "https://api.anthropic.com"
 _START_S = 40.0
 _STOP_S = 20.0
 _PROGRAM_S = 300.0
+_IDLE_S = 300
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,10 @@ def _environment() -> dict[str, str]:
 def _gateway(upstream: str, host: str | None, environment: dict[str, str]) -> Iterator[str]:
     """Its address.  It ends with the block, and with this process in whatever way that one ends."""
     command = [sys.executable, "-m", "podflare", "gateway", "--port", "0", "--announce", "--upstream", upstream]
+    command += ["--idle-timeout", str(_IDLE_S)]  # what outlives a killed demo at a daemon of the user's ends soon
     with ExitStack() as stack:
         data_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="podflare-demo-"))
+        stack.callback(_end_sandboxes, host, Path(data_dir, "gateway.sqlite"))
         log = stack.enter_context(tempfile.TemporaryFile())
         its_end, our_end = os.pipe()
         stack.callback(os.close, our_end)
@@ -103,6 +108,18 @@ def _gateway(upstream: str, host: str | None, environment: dict[str, str]) -> It
         finally:
             os.close(its_end)
         yield _address(process, log)
+
+
+def _end_sandboxes(host: str | None, index_file: Path) -> None:
+    """At a daemon of the user's they would outlive the gateway, as containers do."""
+    if not index_file.exists():
+        return
+    with closing(Index(index_file)) as index:
+        left = index.lasting_sandboxes()
+    if left:
+        with Client(host) as client:
+            for sandbox_id in left:
+                client.destroy_sandbox(sandbox_id)
 
 
 def _end_with_us(pipe_end: int, pid: int) -> None:

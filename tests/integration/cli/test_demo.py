@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import signal
+import socket
+import tempfile
+import time
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
 from podflare import Sandbox
-from podflare.demo import Start, Step, run_demo
+from podflare.demo import HostedStart, Start, Step, run_demo, run_hosted
 from podflare.integrations.anthropic import handle_code_execution_tool_use
 from programs import Cli
 
@@ -25,12 +30,61 @@ def without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_command_ends_with_the_answer_and_what_ran_where(cli: Cli) -> None:
     """One command shows every step, names the script as a script, and closes with answer, engine, walls and times."""
-    done = cli("demo", "--scripted")
+    done = cli("demo", "--scripted", "--way", "1")
     assert done.returncode == 0, done.stderr
     assert "not a language model" in done.stdout
     assert f"answer   {ANSWER}" in done.stdout
     last = done.stdout.splitlines()[-1]
     assert "5 programs" in last and "engine process" in last and "seccomp" in last and " ms" in last
+
+
+def test_a_program_for_the_hosted_tool_runs_as_it_is(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With nothing but an address in its environment, the program gets the hosted blocks and an answer that was
+    computed; afterwards the gateway is gone, also where the program's output could not be shown."""
+    monkeypatch.setenv("PODFLARE_GATEWAY_KEYS", "of another gateway")
+    happened: list[HostedStart | str] = []
+    run_hosted(happened.append, host=cli.address)
+    start, *lines = happened
+    assert isinstance(start, HostedStart) and "podflare" not in start.program.read_text().partition('"""\n')[2]
+    assert "bash_code_execution_tool_result: " in str(lines[-2]) and "'return_code': 0" in str(lines[-2])
+    assert lines[-1] == "text: The 10,000th prime number is 104,729; all primes up to it add up to 496,165,411."
+    _assert_gone(start.gateway)
+
+    def refuse(shown: HostedStart | str) -> None:
+        happened.append(shown)
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        run_hosted(refuse, host=cli.address)
+    again = happened[-1]
+    assert isinstance(again, HostedStart)
+    _assert_gone(again.gateway)
+
+
+def test_a_killed_demo_takes_its_gateway_with_it(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even SIGKILL leaves a gateway behind; SIGTERM ends it in order."""
+    monkeypatch.delitem(cli.environment, "PODFLARE_HOSTD_URL")
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)):
+        with tempfile.TemporaryDirectory() as folder:
+            monkeypatch.setitem(cli.environment, "TMPDIR", folder)
+            process = cli.start("demo", "--scripted", "--way", "3")
+            assert process.stdout is not None
+            address = next(line.split()[1].rstrip(",") for line in process.stdout if line.startswith("gateway"))
+            process.send_signal(number)
+            process.communicate(timeout=30)
+            assert process.returncode == code
+            _assert_gone(address)
+
+
+def _assert_gone(address: str) -> None:
+    """Wait until nobody listens at `address`."""
+    port, deadline = urlsplit(address).port, time.monotonic() + 20
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return
+        assert time.monotonic() < deadline, f"{address} still takes connections"
+        time.sleep(0.02)  # the gateway ends in a process of its own
 
 
 def test_the_agent_recovers_from_its_error(cli: Cli) -> None:

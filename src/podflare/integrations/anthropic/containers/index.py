@@ -84,6 +84,11 @@ class Index:
             row = found.fetchone()
         return None if row is None else ContainerRow(*row)
 
+    def lasting_sandboxes(self) -> list[str]:
+        """Ids of the sandboxes that go on without the program that made them, for their daemon is another's."""
+        with self._query("SELECT sandbox_id FROM containers WHERE daemon != ''") as found:
+            return [str(sandbox_id) for (sandbox_id,) in found]
+
     def forget_containers(self, before: float) -> None:
         """Drop what expired so long ago that nobody asks for it any more."""
         with self._query("DELETE FROM containers WHERE expires_at < ?", (before,)):
