@@ -208,6 +208,15 @@ def diff(sandbox_id: str, other_id: str, paths: Iterable[str] | None, detail: bo
     return Call("GET", sandbox_path(sandbox_id, rest), "diff", f"{sandbox_id}, other {other_id}", repeatable=True)
 
 
+def set_lifetimes(sandbox_id: str, timeout_s: int | None, idle_timeout_s: int | None) -> Call:
+    """Raises: ValueError if neither is given."""
+    given = {"timeout_seconds": timeout_s, "idle_timeout_seconds": idle_timeout_s}
+    body = {key: value for key, value in given.items() if value is not None}
+    if not body:
+        raise BadRequest("extend: give timeout_seconds or idle_timeout_seconds")
+    return Call("PATCH", sandbox_path(sandbox_id), "extend", sandbox_id, body=json_body(body))
+
+
 def resume(space_id: str, options: Mapping[str, Any]) -> Call:
     body = {key: value for key, value in options.items() if value is not None}
     return Call("POST", f"/v1/spaces/{quote(space_id, safe='')}/resume", "resume", body=json_body(body))

@@ -29,6 +29,7 @@ from podflare.wire.api import (
     DiffRequest,
     ExecRequest,
     ForkRequest,
+    LifetimesRequest,
     SandboxUsage,
     ToolAnswer,
     error_body,
@@ -93,6 +94,7 @@ class App:
             ("POST", "/v1/sandboxes", self._create),
             ("GET", "/v1/sandboxes", self._list),
             ("GET", one, self._get),
+            ("PATCH", one, self._patch),
             ("DELETE", one, self._delete),
             ("POST", f"{one}/fork", self._fork),
             ("POST", f"{one}/merge_into/{{winner}}", self._merge),
@@ -229,6 +231,11 @@ class App:
         sandbox.touch()
         usages = await self._usages(scope, receive, [sandbox])
         await http.send_json(send, 200, self._describe(sandbox, usages.get(sandbox.id)))
+
+    async def _patch(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sandbox = await self._sandbox(scope)
+        sandbox.set_lifetimes(LifetimesRequest.from_json(await self._object(scope, receive, "lifetimes")))
+        await http.send_json(send, 200, self._describe(sandbox))
 
     async def _usages(self, scope: Scope, receive: Receive, sandboxes: list[Sandbox]) -> dict[str, SandboxUsage]:
         if not http.flag(scope, "usage"):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from podflare.errors import NotBuilt
-from podflare.wire.api import CreateRequest, Diff, ExecRequest, ForkRequest, SandboxInfo, TemplateInfo
+from podflare.wire.api import CreateRequest, Diff, ExecRequest, ForkRequest, LifetimesRequest, SandboxInfo, TemplateInfo
 from podflare.wire.merges import ON_CONFLICT, ConflictInfo, NotTransferable, Resolution
 
 MISSING = "the API page needs more packages: pip install 'podflare[docs-page]'"
@@ -115,6 +115,7 @@ def document() -> dict[str, Any]:
             CreateRequest,
             ExecRequest,
             ForkRequest,
+            LifetimesRequest,
             Diff,
             SandboxInfo,
             TemplateInfo,
@@ -283,6 +284,9 @@ def _paths() -> dict[str, Any]:
         },
         "/v1/sandboxes/{id}": {
             "get": _operation("One sandbox", gives=info, query=[("usage", False)]),
+            "patch": _operation(
+                "Change its lifetimes", takes=_content("application/json", _ref("LifetimesRequest")), gives=info
+            ),
             "delete": _operation("End a sandbox", status=204),
         },
         **_cell_paths(raw),

@@ -7,6 +7,7 @@ concerned.
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import time
 from collections import deque
@@ -29,7 +30,7 @@ from podflare.host.lineage import Lineage, Terms, losses
 from podflare.host.output import ReplayBuffer
 from podflare.host.turns import Turn
 from podflare.wire import events
-from podflare.wire.api import ExecRequest, SandboxInfo, SandboxUsage, ToolAnswer
+from podflare.wire.api import ExecRequest, LifetimesRequest, SandboxInfo, SandboxUsage, ToolAnswer
 from podflare.wire.messages import DIED, Exit
 
 QUIET_CELL_S = 0.1
@@ -362,6 +363,19 @@ class Sandbox:
         if self.cause:
             raise SandboxNotFound(f"sandbox not found: {self.id} is gone: {self.cause}")
         self._active_s = time.monotonic()
+
+    def set_lifetimes(self, request: LifetimesRequest) -> None:
+        """Replace the lifetimes that the request names.  Raises: SandboxNotFound if the sandbox is ending."""
+        self.touch()
+        if request.timeout_seconds is not None:
+            # Told as it was at the creation: counted from there.
+            passed = math.ceil(time.monotonic() - self._born_s)
+            self.terms = replace(self.terms, timeout_seconds=passed + request.timeout_seconds)
+        if request.idle_timeout_seconds is not None:
+            self.terms = replace(self.terms, idle_timeout_seconds=request.idle_timeout_seconds)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._arm()
 
     def _due(self) -> tuple[float, str] | None:
         """When the sandbox must end, and the cause to say then."""

@@ -123,6 +123,27 @@ class ToolAnswer:
 
 
 @dataclass(frozen=True)
+class LifetimesRequest:
+    """Body of PATCH /v1/sandboxes/{id}: what changes; at least one."""
+
+    timeout_seconds: Optional[int] = None
+    """From now on."""
+    idle_timeout_seconds: Optional[int] = None
+
+    @classmethod
+    def from_json(cls, body: Dict[str, Any]) -> "LifetimesRequest":
+        """Raises: BadRequest that names the key and what it must be."""
+        read = Fields(body, error=BadRequest, what="lifetimes")
+        found = cls(
+            timeout_seconds=read.optional_integer("timeout_seconds", low=1, high=MAX_LIFETIME_S),
+            idle_timeout_seconds=read.optional_integer("idle_timeout_seconds", low=1, high=MAX_LIFETIME_S),
+        )
+        if found.timeout_seconds is None and found.idle_timeout_seconds is None:
+            raise BadRequest("lifetimes: 'timeout_seconds' or 'idle_timeout_seconds' must be given")
+        return found
+
+
+@dataclass(frozen=True)
 class ForkRequest:
     """Body of POST /v1/sandboxes/{id}/fork."""
 

@@ -183,6 +183,15 @@ def test_reaped_sandbox_closes_silently(sdk_daemon: ServedDaemon) -> None:
             sandbox.run_code("1")
 
 
+def test_extend(sandbox: Sandbox) -> None:
+    """A sandbox's lifetimes can be changed while it lives; without any the call is an error of its own."""
+    info = sandbox.extend(500, idle_timeout_seconds=70)
+    assert info.timeout_seconds is not None and 500 <= info.timeout_seconds <= 600 and info.idle_timeout_seconds == 70
+    assert sandbox.info().idle_timeout_seconds == 70
+    with pytest.raises(ValueError, match="timeout_seconds"):
+        sandbox.extend()
+
+
 def test_connect_list_info(sandbox: Sandbox, sdk_daemon: ServedDaemon) -> None:
     """A second program finds a living sandbox, with its state and its labels."""
     sandbox.run_code("x = 5")

@@ -117,6 +117,30 @@ async def test_lifetime_ends_a_sandbox_even_while_busy(scripted):
         assert (await h.client.delete(f"/v1/sandboxes/{sandbox}")).status_code == 204
 
 
+async def test_lifetimes_of_a_living_sandbox_can_be_changed(scripted):
+    """PATCH moves the end away or nearer, tells the new values, and refuses what is no lifetime."""
+
+    async def quiet(guest: ScriptedGuest) -> None:
+        await guest.ready()
+        await anyio.sleep_forever()
+
+    async with scripted(quiet) as h:
+        sandbox = await h.create(timeout_seconds=1, idle_timeout_seconds=50)
+        path = f"/v1/sandboxes/{sandbox}"
+        changed = await h.client.patch(path, json={"timeout_seconds": 60})
+        assert changed.status_code == 200 and changed.json()["timeout_seconds"] in (61, 62)
+        assert changed.json()["idle_timeout_seconds"] == 50
+        for body in ({}, {"timeout_seconds": 0}, {"idle_timeout_seconds": "long"}, {"timeout_seconds": None}):
+            refused = await h.client.patch(path, json=body)
+            assert refused.status_code == 400 and "timeout_seconds" in refused.json()["error"], body
+        await anyio.sleep(1.1)  # past the first end
+        assert (await h.client.get(path)).status_code == 200
+        assert (await h.client.patch(path, json={"idle_timeout_seconds": 1})).json()["idle_timeout_seconds"] == 1
+        await wait_until(lambda: h.engine.machines[0].closed)
+        gone = await h.client.patch(path, json={"timeout_seconds": 60})
+        assert gone.status_code == 404 and "idle" in gone.json()["error"]
+
+
 async def test_idle_time_counts_from_the_last_use(scripted):
     """A used or busy sandbox outlives its idle time; an unused one ends and says why."""
 

@@ -264,6 +264,13 @@ class AsyncClient(AsyncPtyCalls):
         call = _calls.list_sandboxes(usage=usage)
         return list(_calls.parse_list(call, await self._call(call)))
 
+    async def set_lifetimes(
+        self, sandbox_id: str, *, timeout_seconds: int | None = None, idle_timeout_seconds: int | None = None
+    ) -> SandboxInfo:
+        """See `AsyncSandbox.extend`."""
+        call = _calls.set_lifetimes(sandbox_id, timeout_seconds, idle_timeout_seconds)
+        return _calls.parse_info(_calls.parse_object(call, await self._call(call)))
+
     async def destroy_sandbox(self, sandbox_id: str) -> None:
         """Raises: SandboxNotFound if the id was never issued."""
         await self._call(_calls.destroy(sandbox_id))

@@ -265,6 +265,13 @@ class Client(PtyCalls):
         call = _calls.list_sandboxes(usage=usage)
         return list(_calls.parse_list(call, self._call(call)))
 
+    def set_lifetimes(
+        self, sandbox_id: str, *, timeout_seconds: int | None = None, idle_timeout_seconds: int | None = None
+    ) -> SandboxInfo:
+        """See `Sandbox.extend`."""
+        call = _calls.set_lifetimes(sandbox_id, timeout_seconds, idle_timeout_seconds)
+        return _calls.parse_info(_calls.parse_object(call, self._call(call)))
+
     def destroy_sandbox(self, sandbox_id: str) -> None:
         """Raises: SandboxNotFound if the id was never issued."""
         self._call(_calls.destroy(sandbox_id))

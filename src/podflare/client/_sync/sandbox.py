@@ -386,6 +386,18 @@ class Sandbox:
         """
         return self._client_for("look-up").get_sandbox(self.id, usage=usage)
 
+    def extend(self, timeout_seconds: int | None = None, *, idle_timeout_seconds: int | None = None) -> SandboxInfo:
+        """Change how long the sandbox lives.
+
+        Args:
+            timeout_seconds: it ends so long after this call, instead of when it was to end; shorter is fine.
+            idle_timeout_seconds: longest time without use, from now on.
+        Raises: ValueError if neither is given or one is out of range; SandboxNotFound.
+        """
+        return self._client_for("extend").set_lifetimes(
+            self.id, timeout_seconds=timeout_seconds, idle_timeout_seconds=idle_timeout_seconds
+        )
+
     def fork(self, n: int = 1, *, reseed: bool = True, timeout: float | None = None) -> Sandboxes:
         """n copies of the running sandbox: memory, files, working directory, open files.  All of them or none.
 
