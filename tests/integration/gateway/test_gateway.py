@@ -238,6 +238,15 @@ def test_code_that_waits_can_be_left_behind(front: Way, upstream: Upstream) -> N
         ({"edit": {"command": "str_replace", "path": "/etc/hosts"}}, {"error_code": "invalid_tool_input"}),
         ({"edit": {"command": "create", "path": "/tmp/x"}}, {"error_code": "invalid_tool_input"}),
         ({"edit": {"command": "create", "path": "/", "file_text": "x"}}, {"error_code": "invalid_tool_input"}),
+        ({"edit": {"command": "create", "path": "/proc/x/y", "file_text": "x"}}, {"error_code": "file_not_found"}),
+        ({"edit": {"command": "view", "path": "/dev/zero"}}, {"error_code": "invalid_tool_input"}),
+        ({"edit": {"command": "view", "path": "a\0b"}}, {"error_code": "invalid_tool_input"}),
+        ({"edit": {"command": "view", "path": 7}}, {"error_code": "invalid_tool_input"}),
+        ({"edit": {"command": ["view"], "path": "/tmp"}}, {"error_code": "invalid_tool_input"}),
+        ({"tool": "bash_code_execution", "input": {}}, {"error_code": "invalid_tool_input"}),
+        ({"tool": "bash_code_execution", "input": {"command": 7}}, {"error_code": "invalid_tool_input"}),
+        ({"bash": "echo a\0b"}, {"error_code": "invalid_tool_input"}),
+        ({"bash": "printf '\\377 \\303'"}, {"stdout": "\ufffd \ufffd", "return_code": 0}),
     ],
 )  # fmt: skip
 def test_what_goes_wrong_is_a_result(
@@ -284,6 +293,24 @@ def test_long_output_keeps_its_ends_and_says_so(front: Way, upstream: Upstream) 
     )
     text = message.content[1].content.stdout
     assert len(text) < 110_000 and text.startswith("first\n") and text.endswith("last") and "left out" in text
+
+
+def test_a_hundred_megabytes_of_output_hold_nobody_up(front: Way, upstream: Upstream) -> None:
+    """They are cut while they come; the container goes on."""
+    message = front.ask(
+        say([{"bash": "head -c 100000000 /dev/zero | tr '\\0' x"}], [{"bash": "echo on"}], []), tools=[TOOL]
+    )
+    assert len(message.content[1].content.stdout) < 110_000 and message.content[3].content.stdout == "on"
+
+
+@pytest.mark.parametrize("rounds", [2, 1], ids=["later", "at once"])
+def test_an_id_that_the_model_uses_twice_is_run_once(front: Way, upstream: Upstream, rounds: int) -> None:
+    """Whether in one answer or in the next: the second call gets the result of the first."""
+    call = {"bash": "echo x >> /tmp/count; cat /tmp/count", "id": "toolu_same"}
+    script_of = [[call], [call], []] if rounds == 2 else [[call, call], []]
+    message = front.ask(say(*script_of), tools=[TOOL])
+    results = [block.content.stdout for block in message.content if block.type == "bash_code_execution_tool_result"]
+    assert results == ["x", "x"]
 
 
 # Other routes.
