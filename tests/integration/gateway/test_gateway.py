@@ -23,6 +23,9 @@ import pytest
 from anthropic_upstream import MODEL, Upstream, script
 from daemons import ServedDaemon
 from gateways import KEY, ServedGateway, Way, gateway
+from podflare import AsyncClient
+from podflare.integrations.anthropic.gateway.app import gateway as application
+from podflare.integrations.anthropic.gateway.config import GatewayConfig
 
 TOOL = {"type": "code_execution_20260521", "name": "code_execution"}
 LEGACY = {"type": "code_execution_20250522", "name": "code_execution"}
@@ -537,3 +540,16 @@ def test_a_hanging_api_does_not_outlive_its_client(shared_gateway: ServedGateway
             timeout=0.5,
         )
     until(lambda: upstream.broken > before, "the model is still being asked")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("streaming", [False, True])
+async def test_an_api_that_falls_silent_is_given_up(daemon: ServedDaemon, tmp_path: Path, streaming: bool) -> None:
+    """A model that says nothing for the longest time allowed gives 504 in the API's words."""
+    with Upstream() as silent:
+        config = GatewayConfig(upstream=silent.url, data_dir=tmp_path, upstream_silence_s=0.3)
+        async with application(config, AsyncClient(daemon.url)) as app:
+            transport = httpx.ASGITransport(app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost", headers=HEADERS) as client:
+                answer = await client.post("/v1/messages", json=body([{"hang": True}], stream=streaming))
+    assert (answer.status_code, answer.json()["error"]["type"]) == (504, "timeout_error")
