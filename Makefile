@@ -20,7 +20,7 @@ help: ## this list
 setup: ## make .venv with every extra (quick when nothing changed)
 	@scripts/setup.sh
 
-demo: setup ## an agent works in a sandbox over several turns
+demo: setup ## an agent works in a sandbox; a program for the hosted tool runs here unchanged
 	@$(PY) -m podflare demo $(ARGS)
 
 test: ## set up and run every test but the soak ones; as root, the user-dependent ones once more as nobody
