@@ -96,6 +96,11 @@ class Reading(NamedTuple):
     obstacle: str
 
 
+_TOO_LARGE = "it is too large"
+QUICK_OBJECTS = 4096
+"""Objects that a quick reading looks at: each look counts a reference, and so copies the page that a fork shares."""
+
+
 class Reader:
     """Reads values until a moment in time."""
 
@@ -146,6 +151,8 @@ class Reader:
 
     def _tick(self) -> None:
         self._ticks += 1
+        if self._quick and self._ticks > QUICK_OBJECTS:
+            raise Unreadable(_TOO_LARGE)
         if self._ticks % _TICKS == 0:
             self._look_at_clock()
 
@@ -156,8 +163,10 @@ class Reader:
     def _count(self, size: int, ahead: int = 0) -> None:
         """Add to the size; `ahead` is what will come at least."""
         self._size += size
+        if self._quick and ahead > QUICK_OBJECTS:
+            raise Unreadable(_TOO_LARGE)
         if self._max_bytes is not None and self._size + ahead > self._max_bytes:
-            raise Unreadable("it is too large")
+            raise Unreadable(_TOO_LARGE)
 
     # Digests.
 
