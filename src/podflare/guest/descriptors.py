@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import Collection
 
 from podflare.guest import syscalls as sc
 
 _LAST = 0xFFFFFFFF
+
+
+def read_link(name: str, folder: int) -> str:
+    """Where the link `name` in the directory `folder` points to.
+
+    Raises: OSError; ENXIO, and not readlink(2)'s EINVAL, if it is no link any more: user code may change it meanwhile.
+    """
+    try:
+        return os.readlink(name, dir_fd=folder)
+    except OSError as exc:
+        if exc.errno == errno.EINVAL:
+            raise OSError(errno.ENXIO, f"{name[:200]} is no link any more") from exc
+        raise
 
 
 def close_all_but(keep: Collection[int]) -> None:

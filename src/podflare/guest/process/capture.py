@@ -15,6 +15,8 @@ import stat
 from contextlib import contextmanager
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
+from podflare.guest.descriptors import read_link
+
 MAX_DEPTH = 256
 """Deeper directories are refused: each level holds two descriptors open."""
 _FICLONE = 0x40049409
@@ -176,7 +178,7 @@ class _Copy:
         if stat.S_ISREG(status.st_mode):
             self._file(source, target, name)
         elif stat.S_ISLNK(status.st_mode):
-            os.symlink(os.readlink(name, dir_fd=source), name, dir_fd=target)
+            os.symlink(read_link(name, source), name, dir_fd=target)
             os.chown(name, status.st_uid, status.st_gid, dir_fd=target, follow_symlinks=False)
             os.utime(name, ns=(status.st_atime_ns, status.st_mtime_ns), dir_fd=target, follow_symlinks=False)
         elif stat.S_ISFIFO(status.st_mode) or (stat.S_ISCHR(status.st_mode) and status.st_rdev == 0):

@@ -15,11 +15,12 @@ from functools import partial
 from typing import Callable, Dict, Iterator, List, Sequence, Tuple
 
 from podflare.guest import syscalls as sc
+from podflare.guest.descriptors import read_link
 from podflare.guest.process.mergebase import Places
 from podflare.guest.process.threeway import Action, Mark, mark_of_status
 from podflare.guest.process.transplant import DIRECTORY, Changed, found, remove, transplant, write_file
 
-_STRANGE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EEXIST, errno.ENOTEMPTY, errno.EXDEV)
+_STRANGE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EEXIST, errno.ENOTEMPTY, errno.EXDEV, errno.ENXIO)
 """What a name says that is not what it was when the plan was made."""
 
 
@@ -208,7 +209,7 @@ class Changeover:
 def _mark_at(folder: int, name: str) -> Mark:
     try:
         status = os.stat(name, dir_fd=folder, follow_symlinks=False)
-        target = os.readlink(name, dir_fd=folder) if stat.S_ISLNK(status.st_mode) else None
+        target = read_link(name, folder) if stat.S_ISLNK(status.st_mode) else None
     except OSError as exc:
         if exc.errno in _STRANGE:
             return None

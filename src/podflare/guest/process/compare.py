@@ -15,6 +15,7 @@ import os
 import stat
 from typing import Callable, Dict, FrozenSet, Iterator, List, Optional, Sequence, Tuple
 
+from podflare.guest.descriptors import read_link
 from podflare.wire.plan import StagePlan
 
 MAX_DEPTH = 256
@@ -74,7 +75,7 @@ class Entry:
 
     def target(self) -> str:
         """Where the link points to.  Raises: OSError."""
-        return os.readlink(self._name, dir_fd=self._where.fd)
+        return read_link(self._name, self._where.fd)
 
     def close(self) -> None:
         for layer in self.folders:
