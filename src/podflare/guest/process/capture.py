@@ -215,21 +215,26 @@ def _copy_content(source: int, target: int, size: int) -> None:
     except OSError:
         pass
     os.ftruncate(target, size)
-    offset = 0
-    while offset < size:
-        try:
-            start = os.lseek(source, offset, os.SEEK_DATA)
-        except OSError as exc:
-            if exc.errno == errno.ENXIO:
-                return  # a hole up to the end
-            raise
-        end = min(os.lseek(source, start, os.SEEK_HOLE), size)
+    for start, end in parts_with_data(source, size):
         while start < end:
             count = os.copy_file_range(source, target, min(end - start, _CHUNK), start, start)
             if not count:
                 return  # made shorter meanwhile
             start += count
-        offset = end
+
+
+def parts_with_data(fd: int, size: int) -> Iterator[Tuple[int, int]]:
+    """(start, end) of what is no hole in the first `size` bytes of a file (lseek(2))."""
+    offset = 0
+    while offset < size:
+        try:
+            start = os.lseek(fd, offset, os.SEEK_DATA)
+        except OSError as exc:
+            if exc.errno == errno.ENXIO:
+                return  # a hole up to the end
+            raise
+        offset = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+        yield start, offset
 
 
 def _copy_attributes(source: int, target: int, status: os.stat_result) -> None:

@@ -12,6 +12,7 @@ import stat
 from contextlib import contextmanager
 from typing import Iterator, List, Optional, Sequence
 
+from podflare.guest.process.capture import parts_with_data
 from podflare.guest.process.compare import MAX_DEPTH, Entry, Layer, resolve
 from podflare.guest.process.threeway import UNMERGEABLE, mark_of_status, names_of
 
@@ -92,22 +93,13 @@ def write_file(target: int, name: str, content: bytes, mode: int) -> None:
 def copy_bytes(source: int, target: int, size: int) -> None:
     """At most `size` bytes; holes stay holes.  Not copy_file_range: it does not go from one file system to another."""
     os.ftruncate(target, size)
-    offset = 0
-    while offset < size:
-        try:
-            start = os.lseek(source, offset, os.SEEK_DATA)
-        except OSError as exc:
-            if exc.errno == errno.ENXIO:
-                return  # a hole up to the end
-            raise
-        end = min(os.lseek(source, start, os.SEEK_HOLE), size)
+    for start, end in parts_with_data(source, size):
         os.lseek(target, start, os.SEEK_SET)
         while start < end:
             count = os.sendfile(target, source, start, min(end - start, _PIECE))
             if not count:
                 return  # made shorter meanwhile
             start += count
-        offset = end
 
 
 @contextmanager
