@@ -147,12 +147,13 @@ def copy_memory(source: Tracee, target: Tracee) -> int:
     edge = source.call(source.syscall_address(), tr.BRK, 0)
     if target.call(at, tr.BRK, edge) != edge:
         raise OSError(errno.ENOMEM, "the heap could not be made as large as the other one's")
-    steps = plan_steps(read_maps(source), read_maps(target))
+    regions = read_maps(source)
+    steps = plan_steps(regions, read_maps(target))
     if not any(step.kind == KEEP and step.start <= at < step.end for step in steps):
         raise OSError(errno.EINVAL, "the processes do not share their C library")
     for step in steps:
         _carry_out(step, target, at)
-    return sum(_copy_pages(step, source, target) for step in steps if step.kind != UNMAP)
+    return sum(_copy_pages(step, regions, source, target) for step in steps if step.kind != UNMAP)
 
 
 def _carry_out(step: Step, target: Tracee, at: int) -> None:
@@ -171,13 +172,13 @@ def _carry_out(step: Step, target: Tracee, at: int) -> None:
                 pass  # a kernel without huge pages
 
 
-def _copy_pages(step: Step, source: Tracee, target: Tracee) -> int:
+def _copy_pages(step: Step, regions: Sequence[Region], source: Tracee, target: Tracee) -> int:
     """Write what differs.  Memory that the source gave back is emptied in the target, too."""
     page = mmap.PAGESIZE
     written = 0
     if step.kind == MAP:
         # Of any backing: files and shared memory have become anonymous.
-        for start, end in _mapped_runs(source, step, page):
+        for start, end in _mapped_runs(source, regions, step, page):
             written += _copy_run(source, target, start, end, compare=False)
         return written
     ours = present_pages(source, step.start, step.end, page)
@@ -188,10 +189,10 @@ def _copy_pages(step: Step, source: Tracee, target: Tracee) -> int:
     return written
 
 
-def _mapped_runs(source: Tracee, step: Step, page: int) -> List[Tuple[int, int]]:
+def _mapped_runs(source: Tracee, regions: Sequence[Region], step: Step, page: int) -> List[Tuple[int, int]]:
     """What is to be copied into a region that is new in the target."""
     runs: List[Tuple[int, int]] = []
-    for region in read_maps(source):
+    for region in regions:
         start, end = max(region.start, step.start), min(region.end, step.end)
         if start >= end:
             continue
