@@ -138,10 +138,10 @@ async def receive_confined(nursery: Nursery, unborn: Unborn) -> ProcessMachine:
         parts.pid_namespace = os.open(f"/proc/{pid}/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         parts.mount_namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         parts.namespaces = check.namespaces_of(pid)
-        parts.filters = check.filters_of(pid)
         walls = check.check_confinement(pid, filters=nursery.filters, root=nursery.root, cgroup=parts.cgroup)
     except OSError as exc:
         raise MachineFailed(f"the new machine died while it was looked at: {exc}") from exc
+    parts.filters = nursery.filters - ("signal_filter" not in walls)
     walls += _limit_walls(nursery)
     missing = sorted(set(nursery.options.require) - set(walls))
     if missing:

@@ -58,11 +58,6 @@ def check_repl(pid: int, *, namespaces: dict[str, str], filters: int) -> None:
         raise IsolationIncomplete(f"the forked process is not what was ordered: {'; '.join(problems)}")
 
 
-def filters_of(pid: int) -> int:
-    """How many seccomp programs a process is under.  Raises: OSError if it is gone."""
-    return int(_status(pid).get("Seccomp_filters", "0"))
-
-
 def check_confinement(pid: int, *, filters: int, root: bool, cgroup: Cgroup | None) -> tuple[Wall, ...]:
     """The walls around process `pid`, an agent that waits to be let go.
 
