@@ -27,14 +27,9 @@ async def create_message(exchange: Exchange, upstream: Upstream, containers: Con
     raw = await exchange.body()
     body = await exchange.parsed(raw)
     async with exchange.watched():
-        if not request.concerns_sandbox(body):
-            await pass_through(exchange, upstream, raw)
+        parsed = await _hosted(exchange, upstream, raw, body)
+        if parsed is None:
             return
-        refusal = request.thread_refusal(body)
-        if refusal is not None:
-            await exchange.refuse(400, refusal)
-            return
-        parsed = request.parse(body)
         lease, files = await Lease.begin(containers, exchange.owner, parsed)
         try:
             turn = Turn(parsed, files, f"msg_local_{secrets.token_hex(12)}")
@@ -50,18 +45,27 @@ async def count_tokens(exchange: Exchange, upstream: Upstream, containers: Conta
     raw = await exchange.body()
     body = await exchange.parsed(raw)
     async with exchange.watched():
-        if not request.concerns_sandbox(body):
-            await pass_through(exchange, upstream, raw)
+        parsed = await _hosted(exchange, upstream, raw, body)
+        if parsed is None:
             return
-        refusal = request.thread_refusal(body)
-        if refusal is not None:
-            await exchange.refuse(400, refusal)
-            return
-        parsed = request.parse(body)
         lease, files = await Lease.begin(containers, exchange.owner, parsed)
         lease.end()
         rewritten = encoded(_answered(parsed).upstream_body([], files, relaxed=False))
         await pass_through(exchange, upstream, rewritten)
+
+
+async def _hosted(
+    exchange: Exchange, upstream: Upstream, raw: bytes, body: dict[str, Any]
+) -> request.HostedRequest | None:
+    """The request, if it concerns a sandbox and is one that is served here; else it has been answered."""
+    if not request.concerns_sandbox(body):
+        await pass_through(exchange, upstream, raw)
+        return None
+    refusal = request.thread_refusal(body)
+    if refusal is not None:
+        await exchange.refuse(400, refusal)
+        return None
+    return request.parse(body)
 
 
 def _answered(parsed: request.HostedRequest) -> request.HostedRequest:
