@@ -1,0 +1,126 @@
+"""What the microvm engine asks of a virtual machine monitor (VMM), and what it gives one: plain data and two Protocols.
+
+Knows neither QEMU nor Firecracker, neither guests nor sandboxes.  Whoever boots or restores a `Vm` owns it.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+Accelerator = Literal["kvm", "tcg"]
+"""How guest instructions run: by the processor itself, or translated, which works everywhere and computes slowly."""
+
+CHANNEL_NAME = "podflare.channel"
+CONTROL_NAME = "podflare.control"
+"""Names of the ports in the guest (virtio-serial); under vsock they are the ports below."""
+CHANNEL_VSOCK_PORT = 7000
+CONTROL_VSOCK_PORT = 7001
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a VM looks like from inside; a saved one can only go on in the same."""
+
+    memory_bytes: int
+    cpus: int
+
+
+@dataclass(frozen=True)
+class BootSource:
+    """What a VM boots from."""
+
+    kernel: Path
+    """As the VMM wants it (`Vmm.kernel_kind`)."""
+    initrd: Path
+    command_line: str
+
+
+@dataclass(frozen=True)
+class Drives:
+    """The block devices of a VM, in the order in which the guest sees them."""
+
+    root: Path
+    """Read-only, the same for many VMs: /dev/vda."""
+    disk: Path
+    """Raw, of this VM alone: /dev/vdb."""
+
+
+@dataclass(frozen=True)
+class SavedVm:
+    """A saved VM on the host's disk.  Its drives are kept beside it by the engine, as they were at the same moment."""
+
+    memory: Path
+    """As large as the VM's memory, sparse.  VMs that go on from it map it privately: it never changes."""
+    devices: Path
+    """Processor and device state, in the VMM's own format and of its version."""
+
+
+@dataclass(frozen=True)
+class VmmStatus:
+    """Whether a VMM can be used on this computer."""
+
+    vmm: str
+    usable: bool
+    accelerator: Accelerator | None
+    version: str = ""
+    detail: str = ""
+    """Which one is taken and why; or what is missing and what to do."""
+
+
+class Vm(Protocol):
+    """One running VM and its VMM process."""
+
+    pid: int
+    channel: socket.socket
+    """Connected, non-blocking stream to the guest's port CHANNEL_NAME.  Closed by `aclose`."""
+    control: socket.socket
+    """Likewise to CONTROL_NAME."""
+    console: Path
+    """What the guest's kernel and init print."""
+
+    async def capture(self, to: SavedVm, *, while_paused: Callable[[], Awaitable[None]]) -> float:
+        """Save the VM as it is now; it goes on at once.
+
+        Args:
+            to: files that do not exist yet.
+            while_paused: called while nothing in the VM moves and its disk is quiet, to copy that.
+        Returns: for how many seconds it stood still.
+        Raises: MachineFailed if the VMM could not save it, or is gone; the files are then the caller's to remove.
+            The VM goes on in any case, as long as its VMM lives.
+        """
+
+    async def resume(self) -> None:
+        """Let a restored VM go on.  Raises: MachineFailed."""
+
+    async def wait_dead(self) -> str:
+        """Return, once the VMM has ended, how, in one line.  Any number of waiters."""
+
+    async def aclose(self) -> None:
+        """End the VMM and release all but its files.  Idempotent; shielded from cancellation inside."""
+
+
+class Vmm(Protocol):
+    """Starts VMs of one kind."""
+
+    name: str
+    accelerator: Accelerator
+    kernel_kind: Literal["bzImage", "vmlinux"]
+
+    async def boot(self, directory: Path, shape: Shape, source: BootSource, drives: Drives) -> Vm:
+        """A VM that has begun to boot.
+
+        Args: directory: of this VM alone, exists; for console and sockets.
+        Raises: MachineFailed with what the VMM said; then no process is left.
+        If cancelled: no process is left.
+        """
+
+    async def restore(self, directory: Path, shape: Shape, saved: SavedVm, drives: Drives) -> Vm:
+        """A VM loaded from `saved`, standing still until `Vm.resume`; changes to its memory are its own.
+
+        Any number may be restored from one saved VM at a time.  The files of `saved` may be removed as soon as this
+        has returned.  Raises and cancellation as `boot`.
+        """
