@@ -15,6 +15,7 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from machines import LIMITS, DrivenMachine
 from podflare.engines.base import EngineOptions, Limits
 from podflare.engines.process.engine import ProcessEngine
+from podflare.wire.uplink import Uplink
 
 LEAK_GRACE_S = 8.0
 """How long processes, groups and files may take to go after a test, on a busy machine."""
@@ -83,8 +84,8 @@ def new_machine(portal: BlockingPortal, engine: ProcessEngine) -> Iterator[Calla
     """Makes machines; all are closed at the end of the test."""
     made: list[DrivenMachine] = []
 
-    def make(limits: Limits = LIMITS) -> DrivenMachine:
-        made.append(DrivenMachine.create(portal, engine, limits))
+    def make(limits: Limits = LIMITS, uplink: Uplink | None = None) -> DrivenMachine:
+        made.append(DrivenMachine.create(portal, engine, limits, uplink))
         return made[-1]
 
     yield make

@@ -13,6 +13,7 @@ import anyio.from_thread
 from podflare.engines.base import Engine, Limits, Machine, MachineSpec
 from podflare.wire import frames
 from podflare.wire.messages import Error, Exec, Exit, Interrupt, Kill, Ready, Result, from_guest, to_payload
+from podflare.wire.uplink import Uplink
 
 LIMITS = Limits(memory_bytes=512 * 2**20, disk_bytes=2**30, max_processes=128)
 CELL_TIMEOUT_S = 60.0
@@ -41,9 +42,15 @@ class DrivenMachine:
         assert isinstance(from_guest(self._next(10).payload), Ready)
 
     @classmethod
-    def create(cls, portal: anyio.from_thread.BlockingPortal, engine: Engine, limits: Limits = LIMITS) -> DrivenMachine:
+    def create(
+        cls,
+        portal: anyio.from_thread.BlockingPortal,
+        engine: Engine,
+        limits: Limits = LIMITS,
+        uplink: Uplink | None = None,
+    ) -> DrivenMachine:
         """A new machine of the default template."""
-        spec = MachineSpec("default", limits)
+        spec = MachineSpec("default", limits, uplink=uplink)
         return cls(portal, portal.call(lambda: engine.create(spec, timeout_s=30)))
 
     def fork(self, count: int = 1, *, reseed: bool = True, timeout_s: float = 60) -> list[DrivenMachine]:

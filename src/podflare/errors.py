@@ -18,6 +18,7 @@ PodflareError
 ├── NotBuilt                 this version does not have the feature yet
 ├── NoCapacity               the machine cannot hold another sandbox now
 ├── IsolationIncomplete      a required wall is missing on this machine: nothing was handed out
+├── EgressUnavailable        this machine cannot give sandboxes a way out; the message says what is missing
 ├── MachineFailed            a sandbox's machine died or did not start
 ├── TemplateFailed           a template could not be built, or a built one cannot be used
 ├── DeadlineExceeded         no answer in time
@@ -174,6 +175,12 @@ class NoCapacity(PodflareError):
 
 class IsolationIncomplete(PodflareError):
     code = "isolation_incomplete"
+    status = 503
+    retry_safe = True
+
+
+class EgressUnavailable(PodflareError):
+    code = "egress_unavailable"
     status = 503
     retry_safe = True
 

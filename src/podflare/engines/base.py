@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 from podflare.wire.api import Diff, TemplateInfo
 from podflare.wire.merges import MergeSide
+from podflare.wire.uplink import Uplink
 
 Wall = Literal[
     "user_namespace",
@@ -55,6 +56,8 @@ class MachineSpec:
     template: str
     limits: Limits
     hostname: str = "sandbox"
+    uplink: Uplink | None = None
+    """None: no network but loopback."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ class EngineReport:
     walls: tuple[WallStatus, ...]
     problem: str = ""
     """With usable False: what is missing and what to do, one line."""
+    no_uplink: str = ""
+    """Why machines can have no way out, and what to do, one line; empty if they can."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +164,19 @@ class FileMerge(Protocol):
         """Undo what was not kept and release everything.  Idempotent; shielded from cancellation inside."""
 
 
+@dataclass(frozen=True)
+class UplinkEnds:
+    """Descriptors, non-blocking, that were the machine's before any user code ran in it.
+
+    Whoever wants to keep them longer than the machine takes copies of them.
+    """
+
+    packets: int
+    """Each read is an IP packet that the machine sends, each write one that it receives."""
+    listener: int
+    """Listening TCP socket in the machine's network namespace, on the machine's address and a port of its own."""
+
+
 class Machine(Protocol):
     """One isolated unit.  Owned by whoever created it; nothing of it is left once `aclose` returned."""
 
@@ -170,6 +188,13 @@ class Machine(Protocol):
     """Of a forked machine: what could not cross from its parent (threads, processes, sockets, pipes, terminals)."""
     channel: socket.socket
     """Connected, non-blocking stream to the guest agent.  Closed by `aclose`."""
+
+    @property
+    def uplink(self) -> UplinkEnds | None:
+        """With spec.uplink: the ends of the machine's way out, for who serves it; closed by `aclose`.
+
+        Until somebody reads from them, what the machine sends goes nowhere.
+        """
 
     async def set_limits(self, limits: Limits) -> None:
         """Replace the limits of the running machine.
@@ -254,7 +279,8 @@ class Engine(Protocol):
         """A machine whose guest agent has been verified and sent its Ready frame (still unread on `channel`).
 
         Raises: UnknownTemplate; TemplateFailed; IsolationIncomplete if a wall could not be verified; NoCapacity;
-            DeadlineExceeded after timeout_s; MachineFailed otherwise.  On any of them no machine exists.
+            EgressUnavailable if the spec asks for a way out and there can be none here; DeadlineExceeded after
+            timeout_s; MachineFailed otherwise.  On any of them no machine exists.
         If cancelled: no machine exists.
         """
 

@@ -18,9 +18,9 @@ from typing import Any
 import anyio
 import anyio.abc
 
-from podflare.engines.base import Death, EngineReport, FileMerge, Limits, Machine, MachineSpec, Usage, Wall
+from podflare.engines.base import Death, EngineReport, FileMerge, Limits, Machine, MachineSpec, UplinkEnds, Usage, Wall
 from podflare.engines.bundle import build_bundle
-from podflare.errors import DeadlineExceeded, MachineFailed, NotBuilt, UnknownTemplate
+from podflare.errors import DeadlineExceeded, EgressUnavailable, MachineFailed, NotBuilt, UnknownTemplate
 from podflare.wire.api import Diff, TemplateInfo
 
 _END_TIMEOUT_S = 10.0
@@ -30,6 +30,7 @@ class FakeMachine:
     """One guest agent as a child process, with a temporary directory as home."""
 
     walls: tuple[Wall, ...] = ()
+    uplink: UplinkEnds | None = None
 
     def __init__(
         self, spec: MachineSpec, channel: socket.socket, process: anyio.abc.Process, home: Path, owner: FakeEngine
@@ -114,6 +115,8 @@ class FakeEngine:
     async def create(self, spec: MachineSpec, *, timeout_s: float) -> Machine:
         if spec.template not in self.templates:
             raise UnknownTemplate(f"no template {spec.template!r}; there is: {', '.join(self.templates)}")
+        if spec.uplink is not None:
+            raise EgressUnavailable("the fake engine's machines have no network of their own")
         if self._bundle is None:
             raise MachineFailed("the engine was not started, or is closed")
         machine = await self._launch(spec, self._bundle)

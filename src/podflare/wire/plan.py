@@ -9,6 +9,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Dict, Optional, Tuple
 
+from podflare.wire.uplink import Uplink, uplink_from_dict
+
 
 @dataclass(frozen=True)
 class Tree:
@@ -65,6 +67,8 @@ class StagePlan:
     paths: Tuple[str, ...] = ()
     """What sys.path of every machine has besides the standard library.  Empty: what the interpreter's site
     configuration says."""
+    tunnels: bool = False
+    """Whether machines can have a way out: the device that makes interfaces is put on the stage."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,8 @@ class MachinePlan:
     layers: Tuple[str, ...] = ()
     """Directories below machines_dir with what the machine was forked with, topmost first."""
     home: str = "/root"
+    uplink: Optional[Uplink] = None
+    """None: no network but loopback."""
 
 
 def stage_to_json(plan: StagePlan) -> bytes:
@@ -108,4 +114,6 @@ def machine_from_dict(body: Dict[str, Any]) -> MachinePlan:
     body["rlimits"] = tuple((resource, limit) for resource, limit in body["rlimits"])
     body["repl_rlimits"] = tuple((resource, limit) for resource, limit in body["repl_rlimits"])
     body["layers"] = tuple(body["layers"])
+    if body["uplink"] is not None:
+        body["uplink"] = uplink_from_dict(body["uplink"])
     return MachinePlan(**body)

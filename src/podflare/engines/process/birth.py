@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import json
 import os
 import secrets
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from podflare.engines.base import EngineOptions, MachineSpec, Wall
+from podflare.engines.base import EngineOptions, MachineSpec, UplinkEnds, Wall
 from podflare.engines.linux.cgroups import Cgroup, Cgroups
 from podflare.engines.process import check
 from podflare.engines.process.family import Family
@@ -130,15 +131,25 @@ async def receive_confined(nursery: Nursery, unborn: Unborn) -> ProcessMachine:
     """
     parts = unborn.parts
     await wait_readable(parts.birth, STEP_TIMEOUT_S, "the new machine did not report")
-    message, pid = receive_with_pid(parts.birth, "the new machine died while it was being confined")
+    message, pid, fds = _receive(parts.birth, "the new machine died while it was being confined", max_fds=2)
+    if len(fds) == 2:
+        parts.uplink = UplinkEnds(*fds)
     if "error" in message:
         raise IsolationIncomplete(f"a machine could not be confined: {message['error']}")
+    if (parts.uplink is not None) != (unborn.spec.uplink is not None):
+        raise IsolationIncomplete("a machine's way out is not what was ordered")
     try:
         parts.agent_pidfd = os.pidfd_open(pid)
         parts.pid_namespace = os.open(f"/proc/{pid}/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         parts.mount_namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         parts.namespaces = check.namespaces_of(pid)
-        walls = check.check_confinement(pid, filters=nursery.filters, root=nursery.root, cgroup=parts.cgroup)
+        walls = check.check_confinement(
+            pid,
+            filters=nursery.filters,
+            root=nursery.root,
+            cgroup=parts.cgroup,
+            uplink=unborn.spec.uplink is not None,
+        )
     except OSError as exc:
         raise MachineFailed(f"the new machine died while it was looked at: {exc}") from exc
     parts.filters = nursery.filters - ("signal_filter" not in walls)
@@ -159,17 +170,40 @@ def _limit_walls(nursery: Nursery) -> tuple[Wall, ...]:
 
 def receive_with_pid(sock: socket.socket, if_dead: str) -> tuple[dict[str, Any], int]:
     """One JSON packet and the pid of its sender.  Raises: MachineFailed(if_dead) at the end, or for no such packet."""
+    message, pid, _ = _receive(sock, if_dead)
+    return message, pid
+
+
+def _receive(sock: socket.socket, if_dead: str, *, max_fds: int = 0) -> tuple[dict[str, Any], int, list[int]]:
+    """The same with the descriptors that came along; without room for any the kernel hands none over."""
+    space = socket.CMSG_SPACE(struct.calcsize("3i"))
+    if max_fds:
+        space += socket.CMSG_SPACE(max_fds * struct.calcsize("i"))
     try:
-        data, ancillary, _, _ = sock.recvmsg(MAX_REPORT_BYTES, socket.CMSG_SPACE(struct.calcsize("3i")))
+        data, ancillary, _, _ = sock.recvmsg(MAX_REPORT_BYTES, space, socket.MSG_CMSG_CLOEXEC)
     except OSError as exc:
         raise MachineFailed(f"{if_dead}: {exc}") from exc
+    fds, pid = array.array("i"), 0
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
+            pid = int(struct.unpack("3i", content[: struct.calcsize("3i")])[0])
+        elif level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+    try:
+        return _decode(data, pid, if_dead), pid, list(fds)
+    except MachineFailed:
+        for fd in fds:
+            os.close(fd)
+        raise
+
+
+def _decode(data: bytes, pid: int, if_dead: str) -> dict[str, Any]:
     if not data:
         raise MachineFailed(if_dead)
     try:
         message = json.loads(data)
     except (ValueError, RecursionError) as exc:
         raise MachineFailed(f"a new machine sent what is no report: {exc}") from exc
-    for level, kind, content in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS and isinstance(message, dict):
-            return message, int(struct.unpack("3i", content[: struct.calcsize("3i")])[0])
-    raise MachineFailed("a new machine reported without credentials")
+    if not pid or not isinstance(message, dict):
+        raise MachineFailed("a new machine reported without credentials")
+    return message

@@ -10,6 +10,7 @@ from pathlib import Path
 from podflare.engines.base import Wall
 from podflare.engines.linux.cgroups import Cgroup
 from podflare.errors import IsolationIncomplete
+from podflare.wire.uplink import INTERFACE
 
 _NAMESPACES: dict[str, Wall] = {
     "user": "user_namespace",
@@ -21,6 +22,10 @@ _NAMESPACES: dict[str, Wall] = {
     "cgroup": "cgroup_namespace",
 }
 
+
+_KERNELS_OWN = {"tunl0", "gre0", "gretap0", "erspan0", "ip_vti0", "ip6_vti0", "sit0", "ip6tnl0", "ip6gre0"}
+"""Which every new network namespace has where the kernel's modules for them are loaded.  They are down and without an
+address, and nothing in the machine can change that."""
 
 REPL_CAPABILITIES = 1 << 18 | 1 << 21
 """CAP_SYS_CHROOT and CAP_SYS_ADMIN in the machine's user namespace: what a REPL forks into other machines with."""
@@ -58,13 +63,16 @@ def check_repl(pid: int, *, namespaces: dict[str, str], filters: int) -> None:
         raise IsolationIncomplete(f"the forked process is not what was ordered: {'; '.join(problems)}")
 
 
-def check_confinement(pid: int, *, filters: int, root: bool, cgroup: Cgroup | None) -> tuple[Wall, ...]:
+def check_confinement(
+    pid: int, *, filters: int, root: bool, cgroup: Cgroup | None, uplink: bool = False
+) -> tuple[Wall, ...]:
     """The walls around process `pid`, an agent that waits to be let go.
 
     Args:
         filters: seccomp programs that are to be loaded; the last one, on signals, may be missing.
         root: the daemon is root, so the agent must have another user id.
         cgroup: the control group that must hold it.
+        uplink: it is to have the one interface of a way out, besides loopback.
     Raises: IsolationIncomplete with every wall that is missing.
     """
     status = _status(pid)
@@ -89,6 +97,9 @@ def check_confinement(pid: int, *, filters: int, root: bool, cgroup: Cgroup | No
     if root:
         uids = status.get("Uid", "0").split()
         demand("separate_uid", "0" not in uids, f"user ids {uids}")
+    interfaces, planned = _interfaces(pid), {"lo", INTERFACE} if uplink else {"lo"}
+    if interfaces - _KERNELS_OWN != planned:
+        missing.append(f"network (the interfaces are {', '.join(sorted(interfaces))})")
     if cgroup is not None and not cgroup.holds(pid):
         missing.append("control group (the agent is not in it)")
     if missing:
@@ -99,6 +110,12 @@ def check_confinement(pid: int, *, filters: int, root: bool, cgroup: Cgroup | No
 def _status(pid: int) -> dict[str, str]:
     rows = (line.partition(":") for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return {key: value.strip() for key, _, value in rows}
+
+
+def _interfaces(pid: int) -> set[str]:
+    """proc_pid_net(5): names of the network interfaces that a process sees."""
+    rows = Path(f"/proc/{pid}/net/dev").read_text().splitlines()[2:]
+    return {row.partition(":")[0].strip() for row in rows}
 
 
 def _root_is_overlay(pid: int) -> bool:

@@ -21,7 +21,7 @@ from podflare.engines.process.birth import (
 )
 from podflare.engines.process.diff import compare_machines
 from podflare.engines.process.disk import DiskWatch
-from podflare.engines.process.facts import HostFacts, read_facts
+from podflare.engines.process.facts import NO_TUNNELS, HostFacts, read_facts
 from podflare.engines.process.fork import fork_machine
 from podflare.engines.process.layers import Layers, take_away
 from podflare.engines.process.machine import ProcessMachine, empty_machine, remove_tree
@@ -32,6 +32,7 @@ from podflare.engines.process.waiting import make_owned, wait_readable
 from podflare.errors import (
     Conflict,
     DeadlineExceeded,
+    EgressUnavailable,
     MachineFailed,
     PodflareError,
 )
@@ -100,6 +101,8 @@ class ProcessEngine:
     async def _bear(self, spec: MachineSpec) -> ProcessMachine:
         """Order the machine, look at it from outside, let it go, wait for its guest."""
         nursery = self._ready()
+        if spec.uplink is not None and not self._facts.tunnels:
+            raise EgressUnavailable(NO_TUNNELS)
         family = await (await self._zygotes.get(spec.template)).spawn()
         unborn: Unborn | None = None
         try:

@@ -12,6 +12,12 @@ from podflare.engines.templates.store import Interpreter
 
 TOP_LEVEL = ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32")
 
+TUN_DEVICE = "/dev/net/tun"
+NO_TUNNELS = (
+    f"{TUN_DEVICE} cannot be used here: sandboxes can have no network; `modprobe tun`, "
+    f"or give the daemon's container the device (--device {TUN_DEVICE})"
+)
+
 _ETC_COPIES = (
     "/etc/ssl/certs/ca-certificates.crt",
     "/etc/pki/tls/certs/ca-bundle.crt",
@@ -46,6 +52,8 @@ class HostFacts:
     python: str
     own_packages: tuple[str, ...]
     """Package directories inside `directories` that are hidden from machines."""
+    tunnels: bool = False
+    """Whether TUN_DEVICE can be used."""
 
 
 def read_facts(interpreter: Interpreter | None = None) -> HostFacts:
@@ -76,7 +84,17 @@ def read_facts(interpreter: Interpreter | None = None) -> HostFacts:
         etc_links=_alternatives(),
         python=python,
         own_packages=tuple(path for path in hidden if any(_inside(path, known.path) for known in directories)),
+        tunnels=_opens(TUN_DEVICE),
     )
+
+
+def _opens(device: str) -> bool:
+    """Access is not all: the node can be there and nothing behind it, or a control group can forbid it."""
+    try:
+        os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
 
 
 def base_python() -> str:

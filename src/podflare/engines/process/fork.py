@@ -11,9 +11,9 @@ import json
 import os
 import socket
 import struct
+from dataclasses import replace
 from typing import Any
 
-from podflare.engines.base import MachineSpec
 from podflare.engines.process import check
 from podflare.engines.process.birth import (
     STEP_TIMEOUT_S,
@@ -88,8 +88,7 @@ async def fork_machine(
 def prepare_child(
     nursery: Nursery, layers: Layers, parent: ProcessMachine, hostname: str, below: tuple[str, ...]
 ) -> Unborn:
-    spec = MachineSpec(parent.spec.template, parent.spec.limits, hostname)
-    unborn = prepare(nursery, spec, parent.parts.family, below)
+    unborn = prepare(nursery, replace(parent.spec, hostname=hostname), parent.parts.family, below)
     layers.retain(below)  # given back when the child's parts are ended
     return unborn
 

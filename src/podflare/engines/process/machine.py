@@ -9,11 +9,11 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from podflare.engines.base import Death, FileMerge, Limits, Machine, MachineSpec, Usage, Wall
+from podflare.engines.base import Death, FileMerge, Limits, Machine, MachineSpec, UplinkEnds, Usage, Wall
 from podflare.engines.linux.cgroups import Cgroup
 from podflare.engines.process.family import END_TIMEOUT_S, Family, end_process
 from podflare.engines.process.footprint import add_detail, processes_below
@@ -40,6 +40,7 @@ class Parts:
     namespaces: dict[str, str] = field(default_factory=dict)
     filters: int = 0
     """Seccomp programs that its agent is under."""
+    uplink: UplinkEnds | None = None
 
     def release(self) -> None:
         """Close the descriptors; the guest takes the end of its channel as the end."""
@@ -49,6 +50,10 @@ class Parts:
             if fd >= 0:
                 os.close(fd)
         self.pid_namespace = self.mount_namespace = -1
+        uplink, self.uplink = self.uplink, None
+        if uplink is not None:
+            os.close(uplink.packets)
+            os.close(uplink.listener)
 
 
 Forker = Callable[["ProcessMachine", int, bool, float], Any]
@@ -101,6 +106,10 @@ class ProcessMachine:
             self._death.set_result(death)
 
     @property
+    def uplink(self) -> UplinkEnds | None:
+        return self.parts.uplink
+
+    @property
     def is_closed(self) -> bool:
         """Whether `aclose` has begun."""
         return self._closing is not None
@@ -120,7 +129,7 @@ class ProcessMachine:
             self.parts.cgroup.set_limits(limits)
         except OSError as exc:
             raise MachineFailed(f"machine {self.id}: limits could not be set: {exc}") from exc
-        self.spec = MachineSpec(self.spec.template, limits, self.spec.hostname)
+        self.spec = replace(self.spec, limits=limits)
 
     async def usage(self, *, detail: bool = False) -> Usage:
         coarse = self.parts.cgroup.usage() if self.parts.cgroup else Usage()

@@ -77,6 +77,7 @@ def plan_stage(
         preload=preload,
         filters=tuple(program.hex() for program in filters),
         environment=environment(facts.python),
+        tunnels=facts.tunnels,
     )
 
 
@@ -147,6 +148,7 @@ def plan_machine(
         shm_bytes=limits.memory_bytes // 2,
         layers=layers,
         home=HOME,
+        uplink=spec.uplink,
     )
 
 

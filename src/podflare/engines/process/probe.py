@@ -8,6 +8,7 @@ from typing import get_args
 
 from podflare.engines.base import EngineOptions, EngineReport, Limits, MachineSpec, Wall, WallStatus
 from podflare.engines.linux import cgroups
+from podflare.engines.process.facts import NO_TUNNELS, read_facts
 from podflare.errors import PodflareError
 
 _TIMEOUT_S = 10.0
@@ -41,7 +42,8 @@ async def report() -> EngineReport:
             return EngineReport("process", usable=False, walls=_statuses(()), problem=f"{exc}{_hint()}")
         finally:
             await engine.aclose()
-    return EngineReport("process", usable=True, walls=_statuses(walls))
+    no_uplink = "" if read_facts().tunnels else NO_TUNNELS
+    return EngineReport("process", usable=True, walls=_statuses(walls), no_uplink=no_uplink)
 
 
 def _statuses(walls: tuple[Wall, ...]) -> tuple[WallStatus, ...]:

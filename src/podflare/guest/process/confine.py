@@ -18,6 +18,7 @@ from typing import Optional
 
 from podflare.guest import syscalls as sc
 from podflare.wire.plan import MachinePlan, StagePlan
+from podflare.wire.uplink import INTERFACE
 
 _NEW = "/new"
 _NO_SPECIAL = sc.MS_NOSUID | sc.MS_NODEV
@@ -79,8 +80,10 @@ def _mount_proc(proc: str) -> None:
     # Shows only the pid namespace of the caller, who must therefore be inside it already.
     sc.mount("proc", proc, "proc", _NO_SPECIAL | sc.MS_NOEXEC)
     # Ports below 1024 are worth nothing in a network of one's own, and servers expect to bind 80.
-    with open(f"{proc}/sys/net/ipv4/ip_unprivileged_port_start", "w") as file:
-        file.write("0")
+    _set(f"{proc}/sys/net/ipv4/ip_unprivileged_port_start", "0")
+    six = f"{proc}/sys/net/ipv6/conf/{INTERFACE}/disable_ipv6"
+    if os.path.exists(six):
+        _set(six, "1")  # the way out, where the machine has one, is of IPv4 alone
     for name in _MASKED_FILES:
         if os.path.exists(f"{proc}/{name}"):
             sc.mount("/dev/null", f"{proc}/{name}", None, sc.MS_BIND)
@@ -92,6 +95,11 @@ def _mount_proc(proc: str) -> None:
         if os.path.exists(path):
             sc.mount(path, path, None, sc.MS_BIND)
             sc.mount(None, path, None, sc.MS_REMOUNT | sc.MS_BIND | sc.MS_RDONLY | _NO_SPECIAL | sc.MS_NOEXEC)
+
+
+def _set(path: str, value: str) -> None:
+    with open(path, "w") as file:
+        file.write(value)
 
 
 def set_identity(plan: MachinePlan) -> None:

@@ -19,7 +19,7 @@ from typing import Any, Callable, Dict, List, NoReturn, Optional
 from podflare.guest import agent, processes
 from podflare.guest import syscalls as sc
 from podflare.guest.descriptors import close_all_but
-from podflare.guest.process import confine
+from podflare.guest.process import confine, uplink
 from podflare.guest.process.capture import capture_layers, is_small
 from podflare.guest.process.carry import run_carrier
 from podflare.guest.process.comparison import answer_comparison
@@ -258,8 +258,13 @@ def _run_agent(
         if os.read(birth.birth, 16) != b"mount":
             os._exit(1)
         namespaces = _own_namespaces() if adopts else []
+        # On the stage: the device is nowhere in the machine's own root.
+        way_out = [] if birth.plan.uplink is None else [uplink.open_interface()]
         confine.enter_root(stage, birth.plan)
         confine.set_identity(birth.plan)
+        if birth.plan.uplink is not None:
+            way_out.append(uplink.bring_up())
+            uplink.tell_programs(birth.plan)
         if os.read(placed, 1) != b".":
             raise OSError("the control groups could not be joined")
         os.close(placed)
@@ -272,7 +277,7 @@ def _run_agent(
                 socket.send_fds(sock, [b"."], [listener])
                 os.close(listener)
         # The daemon checks namespaces, capabilities and filter from outside before it lets the agent go on.
-        _tell(birth.birth, {"confined": True})
+        _report_confined(birth.birth, way_out)
         if os.read(birth.birth, 16) != b"go":
             os._exit(1)
     except BaseException as exc:
@@ -290,6 +295,14 @@ def _run_agent(
         hand_over=_handing_over(birth, namespaces) if adopts else None,
         carrier=carrier,
     )
+
+
+def _report_confined(birth: int, way_out: List[int]) -> None:
+    """With the descriptors of the machine's way out, of which none stays."""
+    with socket.socket(fileno=os.dup(birth)) as sock:
+        socket.send_fds(sock, [b'{"confined": true}'], way_out)
+    for fd in way_out:
+        os.close(fd)
 
 
 def _own_namespaces() -> List[int]:

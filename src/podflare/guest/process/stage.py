@@ -4,7 +4,7 @@ Runs once per zygote, before any machine exists.  After `enter_stage` the host's
 the zygote nor anything forked from it can reach the rest of it any more.
 
 Layout of the stage:  /lower/<n> trees | /skel root layer | /dev nodes | /proc | /machines writable layers |
-/empty | /new mount point of a machine's root.
+/empty | /new mount point of a machine's root | /tun device.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import signal
 from typing import List, Optional
 
 from podflare.guest import syscalls as sc
+from podflare.guest.process.uplink import DEVICE
 from podflare.wire.plan import IdMap, SkeletonEntry, StagePlan
 
 
@@ -49,6 +50,8 @@ def enter_stage(plan: StagePlan) -> None:
         _add_skeleton(f"{base}/skel", entry, owner)
     os.chown(f"{base}/skel", owner, owner)
     _fill_dev(plan, f"{base}/dev")
+    if plan.tunnels:
+        _bind_device("/dev/net/tun", f"{base}{DEVICE}")
     # A later mount of proc inside a machine is only allowed while this namespace shows one in full
     # (fs/namespace.c, mount_too_revealing).
     sc.mount("/proc", f"{base}/proc", None, sc.MS_BIND | sc.MS_REC)
@@ -168,16 +171,19 @@ def _add_skeleton(root: str, entry: SkeletonEntry, owner: int) -> None:
 def _fill_dev(plan: StagePlan, dev: str) -> None:
     sc.mount("podflare-dev", dev, "tmpfs", sc.MS_NOSUID | sc.MS_NOEXEC, "mode=755,size=64k")
     for name in plan.devices:
-        path = f"{dev}/{name}"
-        os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o666))
-        # Bound from the host: a user namespace cannot make working device nodes of its own.
-        sc.mount(f"/dev/{name}", path, None, sc.MS_BIND)
+        _bind_device(f"/dev/{name}", f"{dev}/{name}")
     for name in ("pts", "shm"):
         os.mkdir(f"{dev}/{name}")
     links = {"fd": "/proc/self/fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "fd/2", "ptmx": "pts/ptmx"}
     for name, target in links.items():
         os.symlink(target, f"{dev}/{name}")
     sc.mount(None, dev, None, sc.MS_REMOUNT | sc.MS_BIND | sc.MS_RDONLY | sc.MS_NOSUID | sc.MS_NOEXEC)
+
+
+def _bind_device(device: str, path: str) -> None:
+    """Bound from the host: a user namespace cannot make working device nodes of its own."""
+    os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o666))
+    sc.mount(device, path, None, sc.MS_BIND)
 
 
 def _read(path: str) -> bytes:
