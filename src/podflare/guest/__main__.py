@@ -1,6 +1,7 @@
 """Entry of the bundle: `python -I -S BUNDLE MODE ...`.
 
-Modes: `agent FD` serves a host over the inherited socket FD as an ordinary process, without any isolation;
+Modes: `agent FD [LINE]` serves a host over the inherited socket FD as an ordinary process, without any isolation, LINE
+being a socket to its supervisor (guest.supervision);
 `zygote ...` is the process engine's (guest.process.zygote).
 """
 
@@ -14,17 +15,19 @@ from typing import List, NoReturn
 
 def main(argv: List[str]) -> NoReturn:
     """Dispatch by mode; ends the process.  A wrong call exits with status 2 and a line on standard error."""
-    if argv[:1] == ["agent"] and len(argv) == 2 and argv[1].isdigit():
+    if argv[:1] == ["agent"] and len(argv) in (2, 3) and all(word.isdigit() for word in argv[1:]):
         from podflare.guest import agent  # each mode pays for its own imports only
 
-        channel = socket.socket(fileno=int(argv[1]))
-        channel.set_inheritable(False)
-        agent.run(channel, home=os.environ.get("HOME", "/root"), before_repl=lambda: None)
+        channel, *line = (socket.socket(fileno=int(word)) for word in argv[1:])
+        for sock in (channel, *line):
+            sock.set_inheritable(False)
+        supervisor = line[0] if line else None
+        agent.run(channel, home=os.environ.get("HOME", "/root"), before_repl=lambda: None, supervisor=supervisor)
     if argv[:1] == ["zygote"]:
         from podflare.guest.process import zygote  # each mode pays for its own imports only
 
         zygote.main(argv[1:])
-    sys.stderr.write("usage: python -I -S BUNDLE (agent FD | zygote ...)\n")
+    sys.stderr.write("usage: python -I -S BUNDLE (agent FD [LINE] | zygote ...)\n")
     sys.exit(2)
 
 

@@ -21,6 +21,7 @@ from podflare.guest.interrupts import INTERRUPT_SIGNAL
 from podflare.guest.link import Link
 from podflare.guest.output import Output, Stream
 from podflare.guest.poller import READ, WRITE, Poller
+from podflare.guest.supervision import Mark, Renew, SupervisorLine
 from podflare.wire import frames
 from podflare.wire.events import EXIT_INTERRUPTED
 from podflare.wire.messages import (
@@ -32,10 +33,12 @@ from podflare.wire.messages import (
     Error,
     Exec,
     Exit,
+    ForkComes,
     Interrupt,
     Kill,
     Ready,
     Result,
+    Settle,
     ToolCall,
     ToolCancel,
     ToolResult,
@@ -49,6 +52,8 @@ BASH_GRACE_S = 0.25
 """A bash cell that was interrupted may run its traps for this long before it is killed with all it started."""
 _MAX_UNREAD_BYTES = 32 * 1024 * 1024
 """Answers to tool calls that may wait for a REPL which does not read them."""
+_SUPERVISED = 2**32 - 1
+"""Channel number of what the supervisor orders; the host counts from 1."""
 _LAST_READS = 64
 """Reads of what an ended REPL left in its socket; a process that it forked could write there for ever."""
 
@@ -61,6 +66,7 @@ def run(
     fork_line: Optional[int] = None,
     hand_over: Optional[Callable[[List[int]], None]] = None,
     carrier: Optional[int] = None,
+    supervisor: Optional[socket.socket] = None,
 ) -> NoReturn:
     """Serve the host at the other end of `channel` until it closes it; then end every process below and exit.
 
@@ -74,12 +80,14 @@ def run(
         fork_line: descriptor on which the REPL takes fork orders; None where the engine forks by other means.
         hand_over: the first REPL is forked from another machine's: see Interpreter.adopt.
         carrier: the first REPL is copied from another machine's: see Interpreter.await_carried.
+        supervisor: SOCK_SEQPACKET socket to who copies whole machines (supervision.py); owned as `channel`.
     """
     status = 1
     census: Optional[processes.Census] = None
     try:
         census = processes.Census()
-        Agent(channel, census, home, before_repl, fork_line).serve(hand_over, carrier)
+        line = None if supervisor is None else SupervisorLine(supervisor)
+        Agent(channel, census, home, before_repl, fork_line, line).serve(hand_over, carrier)
         status = 0
     except (GuestBroken, ProtocolError) as exc:
         _complain(str(exc))
@@ -126,6 +134,8 @@ class _Cell:
         self.ending = False
         """Its Exit waits for the last output to be sent."""
         self.timer: Optional[Tuple[float, Callable[["_Cell"], None]]] = None
+        self.then: Optional[Callable[[], None]] = None
+        """An order of the supervisor: called at its end, of which the host is not told."""
 
     def after(self, delay_s: float, action: Callable[["_Cell"], None]) -> None:
         self.timer = (time.monotonic() + delay_s, action)
@@ -141,8 +151,10 @@ class Agent:
         home: str,
         before_repl: Callable[[], None],
         fork_line: Optional[int] = None,
+        supervisor: Optional[SupervisorLine] = None,
     ) -> None:
         environment.set_environment(home)
+        self._supervisor = supervisor
         self._home = home
         self._census = census
         self._host = Link(channel)
@@ -168,6 +180,8 @@ class Agent:
     def serve(self, hand_over: Optional[Callable[[List[int]], None]] = None, carrier: Optional[int] = None) -> None:
         """Until the host closes the channel.  Raises: GuestBroken; ProtocolError if the host breaks the protocol."""
         self._poller.watch(self._wake, READ, self._on_children)
+        if self._supervisor is not None:
+            self._poller.watch(self._supervisor.fileno(), READ, self._on_supervisor)
         self._forked = hand_over is not None or carrier is not None
         if carrier is not None:
             self._interpreter.await_carried(carrier)
@@ -235,6 +249,8 @@ class Agent:
                     self._tell(cell, message, frame.payload)
             elif isinstance(message, VariablesCommit):
                 self._pass_on(frame)
+            elif isinstance(message, (ForkComes, Settle)):
+                raise ProtocolError(f"{message.op!r} is not the host's to say")
             elif not (isinstance(message, (DataEnd, Cancel)) and self._pass_on(frame)):
                 self._files.handle(frame.channel, message)
 
@@ -257,6 +273,48 @@ class Agent:
         self._cell = _Cell(frame.channel, self._census.mark(), quiet=True)
         assert self._interpreter.link is not None
         self._interpreter.link.send(frames.MESSAGE, frame.channel, frame.payload)
+
+    # -- from the supervisor
+
+    def _on_supervisor(self, events: int) -> None:
+        line = self._supervisor
+        assert line is not None
+        order = line.receive()
+        if order is None:
+            return
+        if isinstance(order, Renew):
+            self._take_channel(order.channel)
+        if self._cell is not None:
+            line.fail("a cell runs")
+        elif isinstance(order, Mark):
+            self._ask_interpreter(ForkComes(), lambda: line.answer("marked"))
+        else:
+            self._ask_interpreter(Settle(reseed=order.reseed), lambda: self._settled(line))
+
+    def _take_channel(self, channel: socket.socket) -> None:
+        """This machine is a copy: what was under way with the host of the other one is not for this one's."""
+        self._files.drop_all()
+        self._poller.forget(self._host.sock.fileno())
+        self._host.sock.close()
+        self._host = Link(channel)
+        self._files = files.Transfers(self._host, self._home)
+
+    def _ask_interpreter(self, message: Union[ForkComes, Settle], then: Callable[[], None]) -> None:
+        """Have the REPL do something of which the host knows nothing, then call `then`."""
+        self._replace_dying()
+        self._cell = _Cell(_SUPERVISED, self._census.mark(), quiet=True)
+        self._cell.then = then
+        assert self._interpreter.link is not None
+        self._interpreter.link.send(frames.MESSAGE, _SUPERVISED, to_payload(message))
+
+    def _settled(self, line: SupervisorLine) -> None:
+        line.answer("renewed")
+        if self._interpreter.python is not None:
+            self._say_ready(self._interpreter.python)
+
+    def _say_ready(self, python: str) -> None:
+        self._ready_sent = True
+        self._host.send(frames.MESSAGE, 0, to_payload(Ready(protocol=PROTOCOL, python=python)))
 
     def _replace_dying(self) -> None:
         """A REPL that has just died is replaced first, and does not take the next cell with it."""
@@ -377,9 +435,7 @@ class Agent:
             else:
                 self._hold(frames.MESSAGE, cell.channel, frame.payload)
         if self._interpreter.python is not None and not self._ready_sent:
-            self._ready_sent = True
-            ready = Ready(protocol=PROTOCOL, python=self._interpreter.python)
-            self._host.send(frames.MESSAGE, 0, to_payload(ready))
+            self._say_ready(self._interpreter.python)
 
     def _drop_interpreter_link(self) -> None:
         link = self._interpreter.link
@@ -459,6 +515,10 @@ class Agent:
         """The cell is over; its Exit goes out after its last output."""
         if cell.interrupted or cell.killed:
             self._sweep(cell)  # once more: what it started after the first time
+        if cell.then is not None:
+            self._cell = None
+            cell.then()
+            return
         cell.ending = True
         cell.timer = None
         restarted = self._restarted

@@ -142,6 +142,11 @@ class Transfers:
         if isinstance(transfer, _Writing):
             self._guard(channel, transfer.path, lambda: self._store(channel, transfer, payload))
 
+    def drop_all(self) -> None:
+        """Forget every transfer; partial writes are removed."""
+        for channel in list(self._active):
+            self._drop(channel)
+
     def can_step(self) -> bool:
         """Whether `step` would do something now."""
         return not self._link.full and any(isinstance(t, _Reading) and t.window > 0 for t in self._active.values())

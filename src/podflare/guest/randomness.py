@@ -12,7 +12,7 @@ from typing import Any, Callable, Dict
 
 
 def reseed() -> None:
-    """Fresh state for the global generators of random, numpy and torch, where these are imported."""
+    """Fresh state for the global generators of random, numpy, torch and OpenSSL, where these are imported."""
     for name, action in _RESEED.items():
         module = sys.modules.get(name)
         if module is not None:
@@ -51,6 +51,8 @@ _RESEED: Dict[str, Callable[[Any], Any]] = {
     "random": lambda module: module.seed(),
     "numpy.random": _numpy_seed,
     "torch": lambda module: module.manual_seed(int.from_bytes(os.urandom(8), "little") >> 1),
+    # OpenSSL notices a fork by the process id, and not that a whole machine was copied.
+    "_ssl": lambda module: module.RAND_add(os.urandom(32), 32.0),
 }
 
 # name -> (state of the module, set state).  `random` reseeds itself after every fork, so it must be put back.

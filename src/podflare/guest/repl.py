@@ -27,7 +27,20 @@ from podflare.guest.tools import ToolCalls
 from podflare.guest.variables.operations import Operations
 from podflare.wire import frames
 from podflare.wire.events import EXIT_INTERRUPTED
-from podflare.wire.messages import ENDED, INTERRUPTED, Error, Exec, Exit, Message, Ready, Result, from_host, to_payload
+from podflare.wire.messages import (
+    ENDED,
+    INTERRUPTED,
+    Error,
+    Exec,
+    Exit,
+    ForkComes,
+    Message,
+    Ready,
+    Result,
+    Settle,
+    from_host,
+    to_payload,
+)
 from podflare.wire.variables import ORDERS, VariablesOrder
 from podflare.wire.version import PROTOCOL
 
@@ -178,6 +191,14 @@ class Repl:
                 self._serve_cell(frame.channel, message)
             elif isinstance(message, ORDERS):
                 self._serve_variables(frame.channel, message)
+            elif isinstance(message, ForkComes):
+                self._streams.flush()
+                self._variables.fork_comes()
+                self._link.send(frame.channel, Exit())
+            elif isinstance(message, Settle):
+                if message.reseed:
+                    randomness.reseed()
+                self._link.send(frame.channel, Exit())
 
     def _serve_cell(self, channel: int, cell: Exec) -> None:
         self._channel = channel

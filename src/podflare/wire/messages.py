@@ -119,6 +119,22 @@ class Cancel:
 
 
 @dataclass(frozen=True)
+class ForkComes:
+    """Agent to REPL: the whole machine is about to be copied; the variables of now are a base.  Exit answers it."""
+
+    op: ClassVar[str] = "fork_comes"
+
+
+@dataclass(frozen=True)
+class Settle:
+    """Agent to REPL: this machine is a copy of another one, which goes on as well.  Exit answers it."""
+
+    op: ClassVar[str] = "settle"
+    reseed: bool = True
+    """Give the global random generators fresh state."""
+
+
+@dataclass(frozen=True)
 class Ready:
     """Guest: the REPL waits for its first cell.  The first message, on channel 0."""
 
@@ -201,7 +217,19 @@ class FileFailed:
 
 
 HostMessage = Union[
-    Exec, ToolResult, Interrupt, Kill, FileWrite, FileRead, Ack, DataEnd, Cancel, VariablesOrder, VariablesCommit
+    Exec,
+    ToolResult,
+    Interrupt,
+    Kill,
+    FileWrite,
+    FileRead,
+    Ack,
+    DataEnd,
+    Cancel,
+    ForkComes,
+    Settle,
+    VariablesOrder,
+    VariablesCommit,
 ]
 GuestMessage = Union[
     Ready, Result, Error, ToolCall, ToolCancel, Exit, Ack, DataEnd, FileOpened, FileDone, FileFailed, VariablesAnswer
@@ -315,6 +343,8 @@ _READERS: Dict[str, Callable[[Fields], Message]] = {
     "ack": lambda read: Ack(bytes=read.integer("bytes", low=0, high=_MAX_SIZE)),
     "data_end": lambda read: DataEnd(),
     "cancel": lambda read: Cancel(),
+    "fork_comes": lambda read: ForkComes(),
+    "settle": lambda read: Settle(reseed=read.flag("reseed", default=True)),
     "ready": lambda read: Ready(
         protocol=read.integer("protocol", low=0, high=2**31), python=read.text("python", max_chars=64)
     ),
@@ -336,7 +366,8 @@ _READERS: Dict[str, Callable[[Fields], Message]] = {
 }
 
 _HOST: Dict[str, Type[Any]] = {
-    cls.op: cls for cls in (Exec, ToolResult, Interrupt, Kill, FileWrite, FileRead, Ack, DataEnd, Cancel)
+    cls.op: cls
+    for cls in (Exec, ToolResult, Interrupt, Kill, FileWrite, FileRead, Ack, DataEnd, Cancel, ForkComes, Settle)
 }
 _GUEST: Dict[str, Type[Any]] = {
     cls.op: cls

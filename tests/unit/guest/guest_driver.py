@@ -61,22 +61,37 @@ class Guest:
     """One agent and the host's end of its channel."""
 
     def __init__(
-        self, bundle: Path, home: Path, *, python: str = sys.executable, environment: dict[str, str] | None = None
+        self,
+        bundle: Path,
+        home: Path,
+        *,
+        python: str = sys.executable,
+        environment: dict[str, str] | None = None,
+        supervisor: socket.socket | None = None,
     ) -> None:
+        """Args: supervisor: the agent's end of its line to who copies whole machines; closed here."""
         self.home = home
         self.sock, theirs = socket.socketpair()
         with theirs:
+            fds = [theirs.fileno(), *([] if supervisor is None else [supervisor.fileno()])]
             self.process = subprocess.Popen(
-                [python, "-I", "-S", str(bundle), "agent", str(theirs.fileno())],
+                [python, "-I", "-S", str(bundle), "agent", *map(str, fds)],
                 env={"HOME": str(home), **(environment or {})},
-                pass_fds=[theirs.fileno()],
+                pass_fds=fds,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,
             )
+        if supervisor is not None:
+            supervisor.close()
         self._decoder = frames.Decoder()
         self._waiting: list[frames.Frame] = []
         self._channel = 0
+
+    def move_to(self, sock: socket.socket) -> None:
+        """Speak with the agent over another socket from now on."""
+        self.sock.close()
+        self.sock, self._decoder, self._waiting = sock, frames.Decoder(), []
 
     # Frames.
 
