@@ -1,0 +1,106 @@
+"""What one sandbox tried to reach: a bounded list of entries.  Pure: the clock is passed in.
+
+Names come from a guest: whoever makes an entry gives only text, and `printable` bounds it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+KEPT_ENTRIES = 1000
+MERGE_S = 1.0
+"""The same thing within this time is one entry with a count, so that a tight loop does not push out the rest."""
+_MAX_TEXT = 300
+
+ALLOWED = "allowed"
+REFUSED = "refused"
+FAILED = "failed"
+
+
+@dataclass
+class Entry:
+    """One thing that a sandbox tried.
+
+    Attributes:
+        time: seconds since 1970.
+        protocol: "tcp", "connect" and "http" (the proxy), "secret" (a request to a secret's host), "dns", "udp",
+            "icmp", "ip" (any other), "gate" (what the gate itself has to say).
+        host: the name, "" if only an address is known.
+        address: what was dialled, or asked for where nothing was; may be "".
+        verdict: "allowed"; "refused" by the policy; "failed": allowed, but the other side could not be reached.
+        reason: why not, in plain words.
+        count: how often, within a second of the one before.
+    """
+
+    time: float
+    protocol: str
+    host: str
+    address: str
+    port: int
+    verdict: str
+    reason: str = ""
+    bytes_in: int = 0
+    bytes_out: int = 0
+    count: int = 1
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def entry_from_json(data: Any) -> Entry:
+    """An entry from another process's words.  Raises: ValueError for anything else."""
+    if not isinstance(data, dict) or set(data) != {one.name for one in fields(Entry)}:
+        raise ValueError("not an entry")
+    for name in ("protocol", "host", "address", "verdict", "reason"):
+        if not isinstance(data[name], str):
+            raise ValueError(f"an entry's {name} must be text")
+        data[name] = printable(data[name])
+    for name in ("time", "port", "bytes_in", "bytes_out", "count"):
+        if isinstance(data[name], bool) or not isinstance(data[name], (int, float)):
+            raise ValueError(f"an entry's {name} must be a number")
+    return Entry(**data)
+
+
+def printable(text: str) -> str:
+    """`text` with everything but printable ASCII replaced, and cut."""
+    cut = text[:_MAX_TEXT]
+    return cut if cut.isascii() and cut.isprintable() else "".join(c if " " <= c <= "~" else "?" for c in cut)
+
+
+class Journal:
+    """The newest KEPT_ENTRIES entries and how many older ones were dropped."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._entries: deque[Entry] = deque()
+        self.dropped = 0
+
+    def note(
+        self, protocol: str, verdict: str, reason: str = "", *, host: str = "", address: str = "", port: int = 0
+    ) -> Entry:
+        """Add an entry; the caller may go on counting bytes in it."""
+        now = self._clock()
+        host, reason, address = printable(host), printable(reason), printable(address)
+        last = self._entries[-1] if self._entries else None
+        if (
+            last is not None
+            and (verdict != ALLOWED or protocol == "dns")
+            and (last.protocol, last.verdict, last.reason, last.host, last.address, last.port)
+            == (protocol, verdict, reason, host, address, port)
+            and 0 <= now - last.time <= MERGE_S
+        ):
+            last.time = now
+            last.count += 1
+            return last
+        entry = Entry(now, protocol, host, address, port, verdict, reason)
+        self._entries.append(entry)
+        if len(self._entries) > KEPT_ENTRIES:
+            self._entries.popleft()
+            self.dropped += 1
+        return entry
+
+    def entries(self) -> list[Entry]:
+        return list(self._entries)
