@@ -14,12 +14,13 @@ from typing import Any
 
 from podflare.engines.base import EngineOptions, MachineSpec, UplinkEnds, Wall
 from podflare.engines.linux.cgroups import Cgroup, Cgroups
+from podflare.engines.linux.ending import remove_tree
+from podflare.engines.linux.waiting import wait_readable
 from podflare.engines.process import check
 from podflare.engines.process.family import Family
 from podflare.engines.process.layers import Layers, take_away
-from podflare.engines.process.machine import Parts, ProcessMachine, remove_tree
+from podflare.engines.process.machine import Parts, ProcessMachine
 from podflare.engines.process.plan import ROOT_FIRST_ID
-from podflare.engines.process.waiting import wait_readable
 from podflare.errors import IsolationIncomplete, MachineFailed
 
 STEP_TIMEOUT_S = 60.0

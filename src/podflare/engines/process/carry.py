@@ -13,6 +13,7 @@ import platform
 import socket
 from typing import Any
 
+from podflare.engines.linux.waiting import wait_readable
 from podflare.engines.process.birth import (
     STEP_TIMEOUT_S,
     Nursery,
@@ -34,7 +35,6 @@ from podflare.engines.process.fork import (
 from podflare.engines.process.layers import Layers
 from podflare.engines.process.machine import ProcessMachine
 from podflare.engines.process.plan import plan_machine
-from podflare.engines.process.waiting import wait_readable
 from podflare.errors import MachineFailed
 
 SUPPORTED = platform.machine() == "x86_64"

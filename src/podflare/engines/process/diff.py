@@ -11,8 +11,8 @@ import os
 import socket
 from typing import Any
 
+from podflare.engines.linux.waiting import wait_readable
 from podflare.engines.process.machine import ProcessMachine
-from podflare.engines.process.waiting import wait_readable
 from podflare.errors import MachineFailed, TooLarge
 from podflare.wire.api import Diff, PathChange
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from podflare.engines.base import EngineOptions, EngineReport, MachineSpec
 from podflare.engines.linux import cgroups, seccomp
+from podflare.engines.linux.ending import remove_tree
+from podflare.engines.linux.waiting import make_owned, wait_readable
 from podflare.engines.process import carry, probe
 from podflare.engines.process.birth import (
     STEP_TIMEOUT_S,
@@ -24,11 +26,10 @@ from podflare.engines.process.disk import DiskWatch
 from podflare.engines.process.facts import NO_TUNNELS, HostFacts, read_facts
 from podflare.engines.process.fork import fork_machine
 from podflare.engines.process.layers import Layers, take_away
-from podflare.engines.process.machine import ProcessMachine, empty_machine, remove_tree
+from podflare.engines.process.machine import ProcessMachine, empty_machine
 from podflare.engines.process.merge import Kinship, ProcessFileMerge
 from podflare.engines.process.plan import plan_machine
 from podflare.engines.process.templates import Zygotes
-from podflare.engines.process.waiting import make_owned, wait_readable
 from podflare.errors import (
     Conflict,
     DeadlineExceeded,

@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
 import socket
 from typing import Any
 
-from podflare.engines.process.waiting import resolve, wait_readable
+from podflare.engines.linux.ending import end_process
+from podflare.engines.linux.waiting import wait_readable
 from podflare.errors import MachineFailed
 from podflare.wire.plan import MachinePlan, machine_to_dict
 
-END_TIMEOUT_S = 10.0
 CAPTURE_TIMEOUT_S = 120.0
 MAX_ANSWER_BYTES = 64 * 1024
 
@@ -107,19 +106,3 @@ class Family:
         held, self._held = self._held, -1
         if held >= 0:
             os.close(held)
-
-
-async def end_process(pidfd: int) -> None:
-    """SIGKILL the process, wait for its end, close the pidfd."""
-    loop = asyncio.get_running_loop()
-    gone: asyncio.Future[None] = loop.create_future()
-    loop.add_reader(pidfd, resolve, gone)
-    try:
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        # A process in uninterruptible sleep is not waited for longer; it ends when its device answers.
-        await asyncio.wait([gone], timeout=END_TIMEOUT_S)
-    except ProcessLookupError:
-        pass
-    finally:
-        loop.remove_reader(pidfd)
-        os.close(pidfd)

@@ -14,6 +14,7 @@ import struct
 from dataclasses import replace
 from typing import Any
 
+from podflare.engines.linux.waiting import wait_readable
 from podflare.engines.process import check
 from podflare.engines.process.birth import (
     STEP_TIMEOUT_S,
@@ -30,7 +31,6 @@ from podflare.engines.process.birth import (
 from podflare.engines.process.layers import Layers
 from podflare.engines.process.machine import ProcessMachine
 from podflare.engines.process.plan import plan_machine
-from podflare.engines.process.waiting import wait_readable
 from podflare.errors import MachineFailed
 
 HANDED_FDS = 10

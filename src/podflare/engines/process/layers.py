@@ -7,7 +7,8 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from podflare.engines.process.machine import Parts, end_parts, remove_tree
+from podflare.engines.linux.ending import remove_tree
+from podflare.engines.process.machine import Parts, end_parts
 
 MAX_CHAIN = 16
 """Layers that a machine may have below its own; a fork beyond that merges them all into one."""

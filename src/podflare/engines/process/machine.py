@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import socket
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -15,9 +13,10 @@ from typing import Any
 
 from podflare.engines.base import Death, FileMerge, Limits, Machine, MachineSpec, UplinkEnds, Usage, Wall
 from podflare.engines.linux.cgroups import Cgroup
-from podflare.engines.process.family import END_TIMEOUT_S, Family, end_process
+from podflare.engines.linux.ending import END_TIMEOUT_S, end_process
+from podflare.engines.linux.waiting import wait_readable
+from podflare.engines.process.family import Family
 from podflare.engines.process.footprint import add_detail, processes_below
-from podflare.engines.process.waiting import wait_readable
 from podflare.errors import MachineFailed, PodflareError
 from podflare.wire.api import Diff
 
@@ -218,18 +217,3 @@ async def _give_up_birth(birth: socket.socket) -> None:
                 return
     except (OSError, PodflareError):
         return  # closed, or it hangs in the kernel: then its directory stays until the daemon's next start
-
-
-def remove_tree(path: Path) -> None:
-    """Remove a machine's directory, whatever user code made of it (modes, depth, names).
-
-    Every process that could change it meanwhile is dead.
-    """
-    try:
-        shutil.rmtree(path)
-    except FileNotFoundError:
-        return
-    except (OSError, RecursionError):
-        # Directories without permission, or deeper than Python's stack: the system's tools have no such limits.
-        for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf", "--one-file-system"]):
-            subprocess.run([*command, "--", str(path)], stderr=subprocess.DEVNULL, timeout=60, check=False)

@@ -16,12 +16,12 @@ from typing import Any
 import anyio
 
 from podflare.engines.base import FileConflict, FilesPlan
+from podflare.engines.linux.waiting import wait_readable
 from podflare.engines.process.ancestry import Fork, History, common_base, is_base, lengthened
 from podflare.engines.process.birth import Nursery, make_directory
 from podflare.engines.process.disk import disk_usage
 from podflare.engines.process.layers import Layers
 from podflare.engines.process.machine import ProcessMachine
-from podflare.engines.process.waiting import wait_readable
 from podflare.errors import Conflict, DeadlineExceeded, MachineFailed, PodflareError, TooLarge
 from podflare.wire.merges import MergeSide
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from podflare.engines.bundle import build_bundle
+from podflare.engines.linux.waiting import wait_readable
 from podflare.engines.process.family import Family
-from podflare.engines.process.waiting import wait_readable
 from podflare.errors import IsolationIncomplete, MachineFailed, TemplateFailed
 from podflare.wire.plan import StagePlan, stage_to_json
 
