@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from podflare.errors import PodflareWarning as PodflareWarning
     from podflare.errors import ProtocolError as ProtocolError
     from podflare.errors import QuotaExceeded as QuotaExceeded
+    from podflare.errors import SandboxEndingWarning as SandboxEndingWarning
     from podflare.errors import SandboxNotFound as SandboxNotFound
     from podflare.errors import TemplateFailed as TemplateFailed
     from podflare.errors import TooLarge as TooLarge
@@ -127,6 +128,7 @@ _HOMES = {
         "PodflareWarning",
         "ProtocolError",
         "QuotaExceeded",
+        "SandboxEndingWarning",
         "SandboxNotFound",
         "TemplateFailed",
         "TooLarge",
@@ -188,6 +190,7 @@ __all__ = [
     "RegionInfo",
     "Result",
     "Sandbox",
+    "SandboxEndingWarning",
     "SandboxInfo",
     "SandboxNotFound",
     "SandboxUsage",

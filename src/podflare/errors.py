@@ -28,6 +28,7 @@ PodflareError
 └── DaemonStartFailed        the SDK could not start its private daemon
 
 PodflareWarning              (a UserWarning, not an error) something asked for is not given
+└── SandboxEndingWarning     a running cell's sandbox ends soon
 
 `code` travels on the wire and never changes; match on it or on the class, never on the text.
 """
@@ -244,6 +245,10 @@ class DaemonStartFailed(PodflareError, RuntimeError):
 
 class PodflareWarning(UserWarning):
     """The daemon gives less than was asked for; the text says what."""
+
+
+class SandboxEndingWarning(PodflareWarning):
+    """The lifetime of a sandbox in which a cell runs is over soon; the text says when."""
 
 
 def _tree(cls: Type[PodflareError]) -> Iterator[Type[PodflareError]]:

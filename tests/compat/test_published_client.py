@@ -297,6 +297,17 @@ def test_published_environment(script, compat_daemon, tmp_path: Path) -> None:  
     assert all(json.loads(text).get("url") in (None, compat_daemon.url) for text in pinned)
 
 
+def test_published_client_survives_the_warning_of_the_end(script) -> None:  # type: ignore[no-untyped-def]  # fixture
+    """A cell in a sandbox that ends soon gives its result; the warning is one more event of its stream."""
+    output = script("""
+with Sandbox(host=HOST, timeout_seconds=4) as s:
+    while "warning" not in [e.type for e in s.run_code_stream("1")]: pass
+    r = s.run_code("print(42)")
+    print([r.stdout, r.stderr, r.exit_code])
+""")
+    assert lines(output) == [["42", "", 0]]
+
+
 def test_published_keys(script, data_dir: Path) -> None:  # type: ignore[no-untyped-def]  # fixture
     """Both refusals of a key arrive as 401 with the documented texts; a right key works."""
     text = """

@@ -312,6 +312,9 @@ def parse_info(value: Mapping[str, Any]) -> SandboxInfo:
     def optional(key: str) -> int | None:
         return value[key] if isinstance(value.get(key), int) else None
 
+    def seconds(key: str) -> float | None:
+        return float(value[key]) if isinstance(value.get(key), (int, float)) else None
+
     metadata = value.get("metadata")
     return SandboxInfo(
         id=str(value.get("id", "")),
@@ -333,6 +336,9 @@ def parse_info(value: Mapping[str, Any]) -> SandboxInfo:
         children=parse_texts(value.get("children")),
         fork_report=_fork_report(value.get("fork_report")),
         usage=_usage(value.get("usage")),
+        expires_at_ms=optional("expires_at_ms"),
+        seconds_left=seconds("seconds_left"),
+        idle_seconds_left=seconds("idle_seconds_left"),
     )
 
 
@@ -422,8 +428,11 @@ class ResultBuilder:
         self._results: list[Result] = []
         self._error: CellError | None = None
         self._exit: Event | None = None
+        self._warnings: list[str] = []
 
-    def add(self, new: Iterable[Event]) -> None:
+    def add(self, new: Iterable[Event]) -> list[str]:
+        """Take in events; returns the daemon's warnings among them."""
+        told = len(self._warnings)
         for event in new:
             if event.type in self._lines:
                 self._lines[event.type].append(str(event.data))
@@ -434,6 +443,9 @@ class ResultBuilder:
             elif event.type == events.ERROR and isinstance(event.data, dict):
                 texts = (str(event.data.get(key, "")) for key in ("name", "value", "traceback"))
                 self._error = CellError(*texts)
+            elif event.type == events.WARNING and isinstance(event.data, dict):
+                self._warnings.append(str(event.data.get("message", "")))
+        return self._warnings[told:]
 
     def build(self) -> ExecResult:
         """A stream that ended without an exit event gives exit code -1 and reason "incomplete"."""
@@ -450,6 +462,7 @@ class ResultBuilder:
             restarted=extra.get("restarted") is True,
             stdout_dropped_bytes=int(_number(extra, "stdout_dropped_bytes")),
             stderr_dropped_bytes=int(_number(extra, "stderr_dropped_bytes")),
+            warnings=self._warnings,
         )
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterable
 
 from podflare.client._calls import parse_texts
-from podflare.errors import PodflareWarning
+from podflare.errors import PodflareWarning, SandboxEndingWarning
 
 _PACKAGE = __name__.partition(".")[0] + "."
 
@@ -18,6 +19,12 @@ def warn(texts: object) -> None:
     """
     for text in parse_texts(texts):
         warnings.warn(text, PodflareWarning, stacklevel=_user_level())
+
+
+def warn_of_end(texts: Iterable[str]) -> None:
+    """One SandboxEndingWarning for each text.  Raises: as `warn`."""
+    for text in texts:
+        warnings.warn(text, SandboxEndingWarning, stacklevel=_user_level())
 
 
 def _user_level() -> int:

@@ -89,6 +89,8 @@ class ExecResult:
     stdout_dropped_bytes: int = 0
     """Left out of the middle of `stdout`; `Sandbox.output(cell_id)` has the whole."""
     stderr_dropped_bytes: int = 0
+    warnings: list[str] = field(default_factory=list)
+    """What the daemon told while the cell ran: that the sandbox ends soon."""
 
     @property
     def ok(self) -> bool:

@@ -17,6 +17,11 @@ def digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
+def owner_of(key_digest: bytes) -> str:
+    """The owner that a key stands for."""
+    return key_digest.hex()[:32]
+
+
 class Keyring:
     """The API keys of a daemon, as digests."""
 
@@ -42,4 +47,4 @@ class Keyring:
                 match = known
         if not match:
             raise Unauthorized("invalid api key")
-        return match.hex()[:32]
+        return owner_of(match)

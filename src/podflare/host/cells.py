@@ -161,6 +161,12 @@ class Cell:
         self._feed.put(events.STDERR, line, _now_ms())
         self._awake.set()
 
+    def warn(self, data: dict[str, object]) -> None:
+        """A warning event: what `wire.events.WARNING` holds."""
+        if self._reader:
+            self._feed.put(events.WARNING, data, _now_ms())
+            self._awake.set()
+
     @property
     def duration_s(self) -> float:
         return 0.0 if self.started_at_s is None else time.monotonic() - self.started_at_s

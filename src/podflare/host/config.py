@@ -9,13 +9,14 @@ import ipaddress
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
 from podflare.engines.base import Wall
 from podflare.errors import BadRequest
-from podflare.host.auth import digest
+from podflare.host.auth import digest, owner_of
+from podflare.host.tiers import DEFAULT, PUBLISHED, Tier, read_keys, read_tiers
 
 MIB = 1024 * 1024
 
@@ -32,6 +33,10 @@ class Config:
     key_digests: tuple[bytes, ...] = ()
     """SHA-256 of each API key; the keys themselves are not kept."""
     auth_disabled: bool = False
+    tiers: Mapping[str, Tier] = field(default_factory=lambda: dict(PUBLISHED))
+    """What the keys of each tier may have at most, by name."""
+    key_tiers: Mapping[str, str] = field(default_factory=dict)
+    """Owner -> name of its tier; owners that are not named are of the tier `default`."""
 
     # What it runs.
     engine: str = "process"
@@ -116,6 +121,10 @@ class Config:
         """Whether requests are served without a key."""
         return self.embedded or self.auth_disabled or not self.key_digests
 
+    def tier_of(self, owner: str) -> Tier:
+        """What this owner may have."""
+        return self.tiers[self.key_tiers.get(owner, DEFAULT)]
+
     @classmethod
     def from_environment(cls, environ: Mapping[str, str], **given: Any) -> Config:
         """Defaults, then `environ`, then what was `given` (None counts as not given).
@@ -192,14 +201,16 @@ def _from_variables(environ: Mapping[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if environ.get("PODFLARE_HOSTD_ADDR"):
         found["host"], found["port"] = split_address(environ["PODFLARE_HOSTD_ADDR"])
-    keys = [key.strip() for key in environ.get("PODFLARE_API_KEYS", "").split(",")]
-    found["key_digests"] = tuple(digest(key) for key in keys if key)
+    found["tiers"] = read_tiers(environ.get("PODFLARE_TIERS", ""), "PODFLARE_TIERS")
+    keys = read_keys(environ.get("PODFLARE_API_KEYS", ""), found["tiers"], "PODFLARE_API_KEYS")
+    found["key_digests"] = tuple(digest(key) for key, _ in keys)
+    found["key_tiers"] = {owner_of(digest(key)): tier for key, tier in keys}
     found["auth_disabled"] = _flag(environ, "PODFLARE_AUTH_DISABLED")
     if environ.get("PODFLARE_LOG_FORMAT"):
         found["log_format"] = _one_of(environ, "PODFLARE_LOG_FORMAT", ("text", "json"))
     if environ.get("PODFLARE_LOG_LEVEL"):
         found["log_level"] = _one_of(environ, "PODFLARE_LOG_LEVEL", ("debug", "info", "warning", "error"))
-    for field, names, low in (
+    for setting, names, low in (
         ("pool_size", ("PODFLARE_POOL_SIZE", "PODFLARE_FC_POOL_SIZE"), 0),
         ("max_sandboxes", ("PODFLARE_MAX_SANDBOXES",), 1),
         ("lifetime_s", ("PODFLARE_LIFETIME_SECONDS",), 1),
@@ -207,7 +218,7 @@ def _from_variables(environ: Mapping[str, str]) -> dict[str, Any]:
     ):
         for name in names:
             if environ.get(name):
-                found[field] = _whole(environ, name, low)
+                found[setting] = _whole(environ, name, low)
                 break
     found["pool_templates"] = _pool_templates(environ.get("PODFLARE_POOL_TEMPLATES", ""))
     if environ.get("PODFLARE_HEARTBEAT_SECONDS"):

@@ -9,9 +9,10 @@ import asyncio
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import anyio
@@ -24,6 +25,7 @@ from podflare.errors import (
     NoCapacity,
     NotBuilt,
     PodflareError,
+    QuotaExceeded,
     SandboxNotFound,
     UnknownTemplate,
 )
@@ -80,7 +82,8 @@ class Daemon:
         self._room = Room(config.keep_total_bytes)
         self._remembered: dict[tuple[str, str], _Remembered] = {}
         self._tasks: TaskGroup | None = None
-        self._starting = 0
+        self._starting: Counter[str] = Counter()
+        """By owner: sandboxes that are being made."""
         self._none_starting = anyio.Event()
         self._closing = False
         self._measuring = anyio.Semaphore(MEASURING)
@@ -163,14 +166,15 @@ class Daemon:
     async def _create(self, request: CreateRequest, owner: str) -> Sandbox:
         start = time.monotonic()
         self._admit(request)
-        with self._start(1):
-            warm = await self._machine(request)
+        with self._start(owner, 1):
+            granted, notes = self._grant(request, owner)
+            warm = await self._machine(granted)
             if self._closing:
                 with anyio.CancelScope(shield=True):
                     warm.link.close()
                     await warm.machine.aclose()
                 raise NoCapacity(SHUT_DOWN)
-            sandbox = self._adopt(request, owner, warm)
+            sandbox = self._adopt(granted, owner, warm, (*notes, *_warnings(request, warm)))
         telemetry.event(
             "sandbox claimed",
             sandbox=sandbox.id,
@@ -192,21 +196,42 @@ class Daemon:
             )
 
     @contextmanager
-    def _start(self, count: int) -> Iterator[None]:
-        """Room for `count` sandboxes that are made within the block.  Raises: NoCapacity."""
+    def _start(self, owner: str, count: int) -> Iterator[None]:
+        """Room for `count` sandboxes that are made within the block.  Raises: NoCapacity, QuotaExceeded."""
         if self._closing:
             raise NoCapacity(SHUT_DOWN)
-        if len(self.registry) + self._starting + count > self.config.max_sandboxes:
-            more = "" if count == 1 else f", and {count} more are asked for"
-            limit = self.config.max_sandboxes
+        more = "" if count == 1 else f", and {count} more are asked for"
+        tier = self.config.tier_of(owner)
+        if tier.sandboxes is not None:
+            owned = len(self.registry.owned_by(owner))
+            if owned + self._starting[owner] + count > tier.sandboxes:
+                limit = f"its limit: {tier.sandboxes} (tier {tier.name})"
+                raise QuotaExceeded(f"this key has {owned} sandboxes, {limit}{more}; close some")
+        starting = self._starting.total()
+        if len(self.registry) + starting + count > self.config.max_sandboxes:
+            limit = str(self.config.max_sandboxes)
             raise NoCapacity(f"this daemon runs {len(self.registry)} sandboxes, its limit: {limit}{more}")
-        self._starting += count
+        self._starting[owner] += count
         try:
             yield
         finally:
-            self._starting -= count
+            self._starting[owner] -= count
+            if not self._starting[owner]:
+                del self._starting[owner]
             if self._closing and not self._starting:
                 self._none_starting.set()
+
+    def _grant(self, request: CreateRequest, owner: str) -> tuple[CreateRequest, tuple[str, ...]]:
+        """The request with the defaults filled in and the owner's caps applied; what was cut, in plain words."""
+        config, template = self.config, self.engine.describe(request.template)
+        resolved = replace(
+            request,
+            timeout_seconds=_or(request.timeout_seconds, config.lifetime_s),
+            idle_timeout_seconds=_or(request.idle_timeout_seconds, config.idle_s),
+            ram_mib=_or(request.ram_mib, template.ram_mib),
+            rootfs_gb=_or(request.rootfs_gb, template.rootfs_gb),
+        )
+        return config.tier_of(owner).grant(request, resolved)
 
     async def _machine(self, request: CreateRequest) -> Warm:
         template = self.engine.describe(request.template)
@@ -218,18 +243,16 @@ class Daemon:
                 raise
             raise MachineFailed(f"could not start a machine: {exc}") from exc
 
-    def _adopt(self, request: CreateRequest, owner: str, warm: Warm) -> Sandbox:
-        config, limits = self.config, warm.machine.spec.limits
+    def _adopt(self, granted: CreateRequest, owner: str, warm: Warm, warnings: tuple[str, ...]) -> Sandbox:
+        limits = warm.machine.spec.limits
         terms = Terms(
-            template=request.template,
+            template=granted.template,
             ram_mib=limits.memory_bytes >> 20,
             rootfs_gb=limits.disk_bytes >> 30,
-            timeout_seconds=config.lifetime_s if request.timeout_seconds is None else request.timeout_seconds,
-            idle_timeout_seconds=(
-                config.idle_s if request.idle_timeout_seconds is None else request.idle_timeout_seconds
-            ),
-            metadata=dict(request.metadata),
-            warnings=_warnings(request, warm),
+            timeout_seconds=granted.timeout_seconds,
+            idle_timeout_seconds=granted.idle_timeout_seconds,
+            metadata=dict(granted.metadata),
+            warnings=warnings,
         )
         return self._add(owner, terms, Lineage(), warm.machine, warm.link)
 
@@ -325,6 +348,10 @@ class Daemon:
             "pool": self.pool.describe(),
             "pools": [pool.describe() for pool in self._pools.values()],
         }
+
+
+def _or(value: int | None, default: int | None) -> int | None:
+    return default if value is None else value
 
 
 def _limits(template: TemplateInfo, ram_mib: int | None = None, rootfs_gb: int | None = None) -> Limits:

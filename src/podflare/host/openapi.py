@@ -62,7 +62,7 @@ _EVENT: dict[str, Any] = {
     "type": "object",
     "required": ["type", "data", "seq", "ts"],
     "properties": {
-        "type": {"enum": ["stdout", "stderr", "result", "error", "tool_call", "tool_cancelled", "exit"]},
+        "type": {"enum": ["stdout", "stderr", "result", "error", "tool_call", "tool_cancelled", "warning", "exit"]},
         "data": {"description": "a line; or an object; or with exit the exit code"},
         "seq": {"type": "integer"},
         "ts": {"type": "integer"},

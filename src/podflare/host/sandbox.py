@@ -7,7 +7,6 @@ concerned.
 from __future__ import annotations
 
 import asyncio
-import math
 import secrets
 import time
 from collections import deque
@@ -20,7 +19,7 @@ import anyio
 
 from podflare.engines.base import Machine, Usage
 from podflare.errors import CellNotFound, PodflareError, QuotaExceeded, SandboxNotFound
-from podflare.host import telemetry, transfers
+from podflare.host import lifetimes, telemetry, transfers
 from podflare.host.cells import STOP_INTERRUPTED, Cell, Ending, check_fits, judge
 from podflare.host.config import Config
 from podflare.host.guest_link import GuestLink
@@ -80,6 +79,8 @@ class Sandbox:
         self._created_at_ms = time.time_ns() // 1_000_000
         self._born_s = self._active_s = time.monotonic()
         self._timer: asyncio.TimerHandle | None = None
+        self._warning_timer: asyncio.TimerHandle | None = None
+        self._ends_soon = False
         self._current: Cell | Turn | None = None
         self._waiting: deque[Cell | Turn] = deque()
         self._kept: deque[Cell] = deque()
@@ -93,6 +94,7 @@ class Sandbox:
         link.when_down = self._on_link_down
         spawn(self._watch_machine)
         self._arm()
+        self._arm_warning()
 
     # Cells.
 
@@ -130,6 +132,8 @@ class Sandbox:
         notice, self._notice = self._notice, ""
         if notice:
             cell.tell(notice)
+        if self._ends_soon:
+            self._warn(cell)
 
     def _cell_ended(self) -> None:
         self._current = None
@@ -367,37 +371,61 @@ class Sandbox:
     def set_lifetimes(self, request: LifetimesRequest) -> None:
         """Replace the lifetimes that the request names.  Raises: SandboxNotFound if the sandbox is ending."""
         self.touch()
-        if request.timeout_seconds is not None:
-            # Told as it was at the creation: counted from there.
-            passed = math.ceil(time.monotonic() - self._born_s)
-            self.terms = replace(self.terms, timeout_seconds=passed + request.timeout_seconds)
-        if request.idle_timeout_seconds is not None:
-            self.terms = replace(self.terms, idle_timeout_seconds=request.idle_timeout_seconds)
-        if self._timer is not None:
-            self._timer.cancel()
+        tier = self.config.tier_of(self.owner)
+        self.terms = lifetimes.changed(self.terms, request, tier, age_s=time.monotonic() - self._born_s)
+        self._cancel_timers()
         self._arm()
+        self._arm_warning()
 
-    def _due(self) -> tuple[float, str] | None:
-        """When the sandbox must end, and the cause to say then."""
-        candidates = []
-        lifetime, idle = self.terms.timeout_seconds, self.terms.idle_timeout_seconds
-        if lifetime is not None:
-            candidates.append((self._born_s + lifetime, f"its lifetime of {lifetime} s was over (timeout_seconds)"))
-        if idle is not None:
-            active = time.monotonic() if self._current is not None or self._transfers else self._active_s
-            candidates.append((active + idle, f"it was idle for {idle} s (idle_timeout_seconds)"))
-        return min(candidates) if candidates else None
+    def _left(self) -> lifetimes.Left:
+        now = time.monotonic()
+        used = self._current is not None or bool(self._transfers)
+        return lifetimes.left(self.terms, age_s=now - self._born_s, idle_s=0.0 if used else now - self._active_s)
 
     def _arm(self) -> None:
-        due = self._due()
+        due = self._left().due(self.terms)
         if due is None or self.cause:
             return
-        delay = due[0] - time.monotonic()
-        if delay <= 0:
+        if due[0] <= 0:
             self.end(due[1])
         else:
             # The idle time only moves the end away, so a timer that fires early just looks again.
-            self._timer = asyncio.get_running_loop().call_later(delay + 0.001, self._arm)
+            self._timer = asyncio.get_running_loop().call_later(due[0] + 0.001, self._arm)
+
+    def _arm_warning(self) -> None:
+        """Tell the running cell, and each that starts from then on, some time before the lifetime is over."""
+        life_s = self._left().life_s
+        if life_s is None or self.terms.timeout_seconds is None or self.cause:
+            return
+        early_s = life_s - lifetimes.lead_s(self.terms.timeout_seconds)
+        self._ends_soon = early_s <= 0
+        if not self._ends_soon:
+            self._warning_timer = asyncio.get_running_loop().call_later(early_s + 0.001, self._arm_warning)
+            return
+        telemetry.event("sandbox ends soon", sandbox=self.id, seconds_left=round(life_s, 3))
+        if isinstance(self._current, Cell):
+            self._warn(self._current)
+
+    def _warn(self, cell: Cell) -> None:
+        life_s = self._left().life_s or 0.0
+        message = (
+            f"this sandbox ends in {life_s:.3g} s, when its lifetime of {self.terms.timeout_seconds} s is over "
+            "(timeout_seconds); fetch what shall stay, or extend its life"
+        )
+        ends_at_ms = time.time_ns() // 1_000_000 + round(life_s * 1000)
+        cell.warn(
+            {
+                "kind": "ending",
+                "message": message,
+                "seconds_left": round(life_s, 3),
+                "ends_at_ms": ends_at_ms,
+            }
+        )
+
+    def _cancel_timers(self) -> None:
+        for timer in (self._timer, self._warning_timer):
+            if timer is not None:
+                timer.cancel()
 
     # The end.
 
@@ -415,8 +443,7 @@ class Sandbox:
         """From now on nobody can use it.  Returns the turn that is held."""
         self.cause = cause
         self.state = step(self.state, Step.END)
-        if self._timer is not None:
-            self._timer.cancel()
+        self._cancel_timers()
         self._ended(self, cause)
         reason = "out_of_memory" if self._out_of_memory else "sandbox_failed"
         held, self._current = self._current, None
@@ -481,6 +508,7 @@ class Sandbox:
 
     def info(self, children: tuple[str, ...] = (), usage: SandboxUsage | None = None) -> SandboxInfo:
         """What is told about it.  `ready` also while a cell runs: it accepts work."""
+        left = self._left()
         return SandboxInfo(
             id=self.id,
             state="ready" if self.state is State.BUSY else self.state.value,
@@ -501,4 +529,7 @@ class Sandbox:
             children=children,
             fork_report=self.lineage.fork_report,
             usage=usage,
+            expires_at_ms=None if left.life_s is None else time.time_ns() // 1_000_000 + round(left.life_s * 1000),
+            seconds_left=None if left.life_s is None else round(left.life_s, 3),
+            idle_seconds_left=None if left.idle_s is None else round(left.idle_s, 3),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from typing import Any, Dict, Iterable, Mapping, Optional, Tuple
 
 from podflare.errors import BadRequest
@@ -372,6 +373,19 @@ class SandboxInfo:
     """Of a fork: what could not cross."""
     usage: Optional[SandboxUsage] = None
     """Only if it was asked for, and could be measured in time."""
+    expires_at_ms: Optional[int] = None
+    """When its lifetime is over, in ms since the epoch; None if nothing limits it."""
+    seconds_left: Optional[float] = None
+    """Until then."""
+    idle_seconds_left: Optional[float] = None
+    """Until it ends if nobody uses it; None if nothing limits that."""
+
+    @property
+    def expires_at(self) -> Optional[datetime]:
+        """When its lifetime is over; None if nothing limits it.  An idle sandbox may end before."""
+        if self.expires_at_ms is None:
+            return None
+        return datetime.fromtimestamp(self.expires_at_ms / 1000, timezone.utc)
 
     def to_json(self) -> Dict[str, Any]:
         return asdict(self)

@@ -23,6 +23,8 @@ TOOL_CALL = "tool_call"
 """The code calls a function of the caller; `data` is {call_id, name, input}, further key `cell_id`."""
 TOOL_CANCELLED = "tool_cancelled"
 """Nobody waits for this call's answer any more; `data` is {call_id, reason}, reason: cancelled | timed_out."""
+WARNING = "warning"
+"""The sandbox ends soon; `data` is {kind: "ending", message, seconds_left, ends_at_ms}."""
 EXIT = "exit"
 """Always last; `data` is the exit code.  Further keys: EXIT_KEYS."""
 

@@ -371,7 +371,11 @@ async def test_list_and_get_tell_the_same(scripted):
         ids = [await h.create(metadata={"n": str(n)}) for n in range(3)]
         listed = (await h.client.get("/v1/sandboxes")).json()["sandboxes"]
         assert [one["id"] for one in listed] == ids
-        assert (await h.client.get(f"/v1/sandboxes/{ids[1]}")).json() == listed[1]
+        one = (await h.client.get(f"/v1/sandboxes/{ids[1]}")).json()
+        for body in (one, *listed):
+            assert body.pop("seconds_left") > 0 < body.pop("idle_seconds_left")
+        assert abs(one.pop("expires_at_ms") - listed[1].pop("expires_at_ms")) < 1000
+        assert one == listed[1]
         assert listed[1]["metadata"] == {"n": "1"}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import warnings
+from datetime import datetime, timezone
 from pathlib import Path
 
 import httpx
@@ -21,6 +22,7 @@ from podflare import (
     PodflareWarning,
     ProtocolError,
     Sandbox,
+    SandboxEndingWarning,
     SandboxNotFound,
     Unauthorized,
 )
@@ -193,6 +195,33 @@ def test_warning_as_error_leaves_no_sandbox(daemon: ScriptedDaemon, client: Clie
         warnings.simplefilter("error")
         Sandbox(client=client)
     assert daemon.calls[-1] == f"DELETE /v1/sandboxes/{SANDBOX_ID}"
+
+
+def test_the_near_end_is_a_warning_while_the_cell_runs(daemon: ScriptedDaemon, client: Client) -> None:
+    """A warning event is a SandboxEndingWarning at the caller's line and in the result; a stream yields it as it is."""
+    ending = {"kind": "ending", "message": "this sandbox ends in 60 s", "seconds_left": 60.0, "ends_at_ms": 1}
+    daemon.answer("POST", "/exec", 200, content=ndjson({"type": "warning", "data": ending}) + DONE)
+    sandbox = Sandbox(client=client)
+    with pytest.warns(SandboxEndingWarning, match="ends in 60 s") as caught:
+        result = sandbox.run_code("1")
+    assert [one.filename for one in caught] == [__file__]
+    assert (result.stdout, result.exit_code, result.warnings) == ("42", 0, ["this sandbox ends in 60 s"])
+    with pytest.warns(SandboxEndingWarning, match="ends in 60 s"):
+        assert sandbox.run_code("1", tools={"f": print}).warnings
+    events = list(sandbox.run_code_stream("1"))
+    assert (events[0].type, events[0].data) == ("warning", ending)
+
+
+def test_info_tells_when_it_ends(daemon: ScriptedDaemon, client: Client) -> None:
+    """`info().expires_at` is a time with a zone; older daemons and endless sandboxes give None."""
+    sandbox = Sandbox(client=client)
+    told = {"id": SANDBOX_ID, "expires_at_ms": 1_776_510_028_036, "seconds_left": 59, "idle_seconds_left": 1.5}
+    daemon.answer("GET", SANDBOX_ID, 200, json=told)
+    info = sandbox.info()
+    assert info.expires_at == datetime(2026, 4, 18, 11, 0, 28, 36000, tzinfo=timezone.utc)
+    assert (info.seconds_left, info.idle_seconds_left) == (59.0, 1.5)
+    daemon.answer("GET", SANDBOX_ID, 200, json={"id": SANDBOX_ID})
+    assert (sandbox.info().expires_at, sandbox.info().seconds_left) == (None, None)
 
 
 def test_close_is_idempotent_and_gone_is_closed(daemon: ScriptedDaemon, client: Client) -> None:

@@ -14,6 +14,7 @@ from podflare.client._async.pty import AsyncPtyCalls
 from podflare.client._concurrency import beside_async, in_thread_async, outcome_async, shield_async
 from podflare.client._files import Content, LocalPath, Target, open_source
 from podflare.client._merging import AsyncRule, OnConflict
+from podflare.client._notices import warn_of_end
 from podflare.client._tools import ToolFunctions, ToolNames
 from podflare.client._transport import AsyncTransport
 from podflare.client._types import Diff, Event, ExecResult, Language, ToolCallEvent
@@ -297,7 +298,7 @@ class AsyncClient(AsyncPtyCalls):
         connection = await self.connection()
         async with beside_async() as begin, contextlib.aclosing(connection.events(call)) as events:
             async for event in events:
-                builder.add([event])
+                warn_of_end(builder.add([event]))
                 if isinstance(event, ToolCallEvent):
                     begin(self._serve, sandbox_id, tools, event)
         return builder.build()

@@ -15,6 +15,7 @@ from podflare.client._calls import Call, EventReader, ResultBuilder
 from podflare.client._concurrency import in_thread_async
 from podflare.client._config import READ_TIMEOUT_S, Address
 from podflare.client._files import Source
+from podflare.client._notices import warn_of_end
 from podflare.client._transport import AsyncTransport
 from podflare.client._types import Event, ExecResult
 from podflare.errors import ConnectionLost, PodflareError
@@ -77,7 +78,7 @@ class AsyncConnection:
         reader, builder = EventReader(), ResultBuilder()
         async with contextlib.aclosing(self.stream(call)) as pieces:
             async for piece in pieces:
-                builder.add(reader.feed(piece))
+                warn_of_end(builder.add(reader.feed(piece)))
         builder.add(reader.finish())
         return builder.build()
 

@@ -13,6 +13,7 @@ from podflare.client import _calls, _config, _embedded, _merging, _tools
 from podflare.client._concurrency import beside_sync, in_thread_sync, outcome_sync, shield_sync
 from podflare.client._files import Content, LocalPath, Target, open_source
 from podflare.client._merging import OnConflict, Rule
+from podflare.client._notices import warn_of_end
 from podflare.client._sync.connection import Connection
 from podflare.client._sync.pty import PtyCalls
 from podflare.client._tools import ToolFunctions, ToolNames
@@ -297,7 +298,7 @@ class Client(PtyCalls):
         connection = self.connection()
         with beside_sync() as begin, contextlib.closing(connection.events(call)) as events:
             for event in events:
-                builder.add([event])
+                warn_of_end(builder.add([event]))
                 if isinstance(event, ToolCallEvent):
                     begin(self._serve, sandbox_id, tools, event)
         return builder.build()

@@ -16,6 +16,7 @@ from podflare.client._calls import Call, EventReader, ResultBuilder
 from podflare.client._concurrency import in_thread_sync
 from podflare.client._config import READ_TIMEOUT_S, Address
 from podflare.client._files import Source
+from podflare.client._notices import warn_of_end
 from podflare.client._transport import SyncTransport
 from podflare.client._types import Event, ExecResult
 from podflare.errors import ConnectionLost, PodflareError
@@ -78,7 +79,7 @@ class Connection:
         reader, builder = EventReader(), ResultBuilder()
         with contextlib.closing(self.stream(call)) as pieces:
             for piece in pieces:
-                builder.add(reader.feed(piece))
+                warn_of_end(builder.add(reader.feed(piece)))
         builder.add(reader.finish())
         return builder.build()
 
