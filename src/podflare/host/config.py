@@ -70,6 +70,9 @@ class Config:
 
     # Admission.
     max_sandboxes: int = 1000
+    memory_reserve_mib: int | None = None
+    disk_reserve_mib: int | None = None
+    """What a new sandbox must leave free; None for a share of the machine (host/headroom.py), 0 for nothing."""
     max_waiting_cells: int = 64
     """Per sandbox; cells of one sandbox run one after the other, so a longer queue is a client's bug."""
     max_transfers: int = 16
@@ -141,6 +144,10 @@ class Config:
             found.update(lifetime_s=None, idle_s=None, pool_size=2, log_level="warning")
         if environ.get("PODFLARE_DATA_DIR"):
             found["data_dir"] = Path(environ["PODFLARE_DATA_DIR"])
+        for setting in ("memory_reserve_mib", "disk_reserve_mib"):
+            name = f"PODFLARE_{setting.upper()}"
+            if environ.get(name):
+                found[setting] = _whole(environ, name, 0)
         found["require"] = _walls(environ.get("PODFLARE_REQUIRE", ""))
         found.update(given)
         return cls(**found)

@@ -33,6 +33,7 @@ from podflare.host import telemetry
 from podflare.host.branches import Branches
 from podflare.host.config import Config
 from podflare.host.guest_link import GuestLink
+from podflare.host.headroom import MIB, Headroom
 from podflare.host.kept import Room
 from podflare.host.lineage import Lineage, Terms
 from podflare.host.pool import Pool, Warm
@@ -80,6 +81,11 @@ class Daemon:
         self._store = store
         self._instance = instance
         self._room = Room(config.keep_total_bytes)
+        self._headroom = Headroom(
+            instance.directory,
+            memory_reserve=_bytes(config.memory_reserve_mib),
+            disk_reserve=_bytes(config.disk_reserve_mib),
+        )
         self._remembered: dict[tuple[str, str], _Remembered] = {}
         self._tasks: TaskGroup | None = None
         self._starting: Counter[str] = Counter()
@@ -211,6 +217,7 @@ class Daemon:
         if len(self.registry) + starting + count > self.config.max_sandboxes:
             limit = str(self.config.max_sandboxes)
             raise NoCapacity(f"this daemon runs {len(self.registry)} sandboxes, its limit: {limit}{more}")
+        self._headroom.admit(starting + count)
         self._starting[owner] += count
         try:
             yield
@@ -345,9 +352,14 @@ class Daemon:
             "templates": list(self.engine.templates),
             "sandboxes": len(self.registry),
             "max_sandboxes": self.config.max_sandboxes,
+            **self._headroom.describe(),
             "pool": self.pool.describe(),
             "pools": [pool.describe() for pool in self._pools.values()],
         }
+
+
+def _bytes(mib: int | None) -> int | None:
+    return None if mib is None else mib * MIB
 
 
 def _or(value: int | None, default: int | None) -> int | None:

@@ -75,6 +75,20 @@ async def test_creates_at_the_same_time_do_not_pass_the_number(scripted):
         assert sorted(answers) == [200] * 3 + [429] * 5
 
 
+@pytest.mark.parametrize("short", ["memory", "disk"])
+async def test_a_machine_that_is_full_admits_none(scripted, short):
+    """What was granted does not count, what is left does: below the reserve a create is 503 and says why."""
+    async with scripted(echo) as h:
+        await h.create(ram_mib=1 << 20)
+        told = (await h.client.get("/v1/capacity")).json()
+        assert 0 < told[f"{short}_reserve_bytes"] < told[f"{short}_left_bytes"]
+    async with scripted(echo, **{f"{short}_reserve_mib": 1 << 40}) as h:
+        refused = await h.client.post("/v1/sandboxes")
+        assert (refused.status_code, refused.json()["code"]) == (503, "no_capacity")
+        assert f"no {short} for 1 more sandbox" in refused.json()["error"]
+        assert h.engine.asked == 0
+
+
 async def test_caps_of_a_tier_are_in_the_answer(scripted):
     """What is above a cap is cut, the answer has the effective values and says what was cut; a PATCH cannot pass it."""
     async with scripted(echo, **KEYS) as h:
