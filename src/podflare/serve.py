@@ -16,7 +16,7 @@ import stat
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
@@ -26,6 +26,11 @@ from podflare.host import telemetry
 from podflare.host.config import Config, check_start
 from podflare.host.recover import Instance, open_instance
 from podflare.host.store import MemoryStore, SqliteStore, Store
+from podflare.wire.api import DEFAULT_TEMPLATE
+
+if TYPE_CHECKING:
+    from podflare.engines.microvm.image.build import Built
+    from podflare.engines.microvm.image.store import ImageStore
 
 ENGINES = ("process",)
 """Engines of this version, the first being the default."""
@@ -64,6 +69,7 @@ def serve(config: Config, engine: Callable[[EngineOptions], Engine] | None = Non
                 instance=instance.name,
                 require=config.require,
                 template_dir="" if config.template_dir is None else str(config.template_dir.absolute()),
+                image_dir="" if config.image_dir is None else str(config.image_dir.absolute()),
             )
             anyio.run(
                 functools.partial(_run, config, (engine or make)(options), instance, sock),
@@ -119,6 +125,28 @@ async def _start_one(engine: Engine, template: str) -> None:
     finally:
         with anyio.CancelScope(shield=True):
             await engine.aclose()
+
+
+def image_store(folder: Path) -> ImageStore:
+    """The store of images of virtual machines in `folder`."""
+    from podflare.engines.microvm.image.store import ImageStore
+
+    return ImageStore(folder.absolute())
+
+
+def build_image(
+    template: str, store: ImageStore, *, again: bool, tell: Callable[[str, float], None], sources: Path | None = None
+) -> Built:
+    """Build the image of a template: `default`, a shipped one, or a definition's file.  As engines.microvm.image.build.
+
+    Raises: BadRequest for a template that is not one; TemplateFailed.
+    """
+    from podflare.engines.microvm.image import recipe
+    from podflare.engines.microvm.image.build import build
+    from podflare.engines.templates.definition import load
+
+    wanted = recipe.default() if template == DEFAULT_TEMPLATE else recipe.of(load(template))
+    return build(wanted, store, again=again, tell=tell, sources=sources)
 
 
 def _engine(name: str) -> tuple[Callable[[EngineOptions], Engine], Callable[[Path, str], None]]:

@@ -37,6 +37,9 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--template-dir", type=Path, metavar="DIR", help="where built templates are (PODFLARE_TEMPLATE_DIR)"
     )
+    what.add_argument(
+        "--image-dir", type=Path, metavar="DIR", help="where images of virtual machines are (PODFLARE_IMAGE_DIR)"
+    )
     what.add_argument("--pool-size", type=_count, metavar="N", help="warm sandboxes kept ready (4)")
     # For the SDK, which starts a private daemon with them.
     options.add_argument("--embedded", action="store_const", const=True, help=argparse.SUPPRESS)

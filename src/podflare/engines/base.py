@@ -300,3 +300,5 @@ class EngineOptions:
     """Walls whose absence makes `start` and `create` fail."""
     template_dir: str = ""
     """Where built templates are (engines/templates/store.py), read again at each create; empty: there are none."""
+    image_dir: str = ""
+    """The same for images of virtual machines (engines/microvm/image/store.py)."""

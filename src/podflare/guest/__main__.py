@@ -2,7 +2,7 @@
 
 Modes: `agent FD [LINE]` serves a host over the inherited socket FD as an ordinary process, without any isolation, LINE
 being a socket to its supervisor (guest.supervision);
-`zygote ...` is the process engine's (guest.process.zygote).
+`zygote ...` is the process engine's (guest.process.zygote); `vm` is process 1 of a virtual machine (guest.vm.init).
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ def main(argv: List[str]) -> NoReturn:
         from podflare.guest.process import zygote  # each mode pays for its own imports only
 
         zygote.main(argv[1:])
-    sys.stderr.write("usage: python -I -S BUNDLE (agent FD [LINE] | zygote ...)\n")
+    if argv == ["vm"]:
+        from podflare.guest.vm import init  # each mode pays for its own imports only
+
+        init.main()
+    sys.stderr.write("usage: python -I -S BUNDLE (agent FD [LINE] | zygote ... | vm)\n")
     sys.exit(2)
 
 

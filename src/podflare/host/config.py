@@ -45,6 +45,8 @@ class Config:
     data_dir: Path = Path("podflare-data")
     template_dir: Path | None = None
     """Where `podflare template build` puts templates; None for only the one that needs no building."""
+    image_dir: Path | None = None
+    """Where `podflare image build` puts what virtual machines boot; None for none."""
     pool_size: int = 4
     """Warm sandboxes kept ready: a burst of this many creates costs no start-up, for about 15 MB each."""
     pool_templates: tuple[tuple[str, int], ...] = ()
@@ -139,6 +141,7 @@ class Config:
         found = {} if embedded else _from_variables(environ)
         found.setdefault("data_dir", default_data_dir(environ))
         found["template_dir"] = default_template_dir(environ)
+        found["image_dir"] = default_image_dir(environ)
         if embedded:
             # The socket's mode is the key, and the SDK process decides how long a sandbox lives.
             found.update(lifetime_s=None, idle_s=None, pool_size=2, log_level="warning")
@@ -186,14 +189,23 @@ def default_data_dir(environ: Mapping[str, str]) -> Path:
 
 def default_template_dir(environ: Mapping[str, str]) -> Path:
     """Where built templates are if nobody says otherwise: the user's data directory, else one in /tmp."""
-    if environ.get("PODFLARE_TEMPLATE_DIR"):
-        return Path(environ["PODFLARE_TEMPLATE_DIR"])
+    return _default_store(environ, "PODFLARE_TEMPLATE_DIR", "templates")
+
+
+def default_image_dir(environ: Mapping[str, str]) -> Path:
+    """The same for images of virtual machines."""
+    return _default_store(environ, "PODFLARE_IMAGE_DIR", "images")
+
+
+def _default_store(environ: Mapping[str, str], variable: str, name: str) -> Path:
+    if environ.get(variable):
+        return Path(environ[variable])
     if os.geteuid() == 0 and not environ.get("XDG_DATA_HOME"):
-        return Path("/var/lib/podflare/templates")
+        return Path("/var/lib/podflare") / name
     home = environ.get("XDG_DATA_HOME") or (environ["HOME"] + "/.local/share" if environ.get("HOME") else "")
     if home and _can_make(Path(home) / "podflare"):
-        return Path(home) / "podflare" / "templates"
-    return Path(tempfile.gettempdir()) / f"podflare-{os.geteuid()}" / "templates"
+        return Path(home) / "podflare" / name
+    return Path(tempfile.gettempdir()) / f"podflare-{os.geteuid()}" / name
 
 
 def _can_make(path: Path) -> bool:

@@ -50,7 +50,7 @@ def enter_root(stage: StagePlan, plan: MachinePlan) -> None:
     pts_options = "newinstance,ptmxmode=0666,mode=620"
     sc.mount("devpts", f"{_NEW}/dev/pts", "devpts", sc.MS_NOSUID | sc.MS_NOEXEC, pts_options)
     sc.mount("shm", f"{_NEW}/dev/shm", "tmpfs", _NO_SPECIAL, f"mode=1777,size={plan.shm_bytes}")
-    _mount_proc(f"{_NEW}/proc")
+    mount_proc(f"{_NEW}/proc", "/empty")
     os.chdir(_NEW)
     sc.pivot_root(".", ".")
     sc.umount(".", sc.MNT_DETACH)  # the stage: from here on nothing of the computer is left but the trees
@@ -76,8 +76,12 @@ def _copy_status(source: str, target: str) -> None:
     os.chmod(target, stat.S_IMODE(status.st_mode))
 
 
-def _mount_proc(proc: str) -> None:
-    # Shows only the pid namespace of the caller, who must therefore be inside it already.
+def mount_proc(proc: str, empty: str) -> None:
+    """Mount what the kernel tells of processes on `proc`, without the parts that are about the whole computer.
+
+    Shows only the pid namespace of the caller, who must therefore be inside it already.
+    Args: empty: an empty directory.
+    """
     sc.mount("proc", proc, "proc", _NO_SPECIAL | sc.MS_NOEXEC)
     # Ports below 1024 are worth nothing in a network of one's own, and servers expect to bind 80.
     _set(f"{proc}/sys/net/ipv4/ip_unprivileged_port_start", "0")
@@ -89,7 +93,7 @@ def _mount_proc(proc: str) -> None:
             sc.mount("/dev/null", f"{proc}/{name}", None, sc.MS_BIND)
     for name in _MASKED_DIRS:
         if os.path.isdir(f"{proc}/{name}"):
-            sc.mount("/empty", f"{proc}/{name}", None, sc.MS_BIND)
+            sc.mount(empty, f"{proc}/{name}", None, sc.MS_BIND)
     for name in _READ_ONLY:
         path = f"{proc}/{name}"
         if os.path.exists(path):

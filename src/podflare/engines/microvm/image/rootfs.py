@@ -1,0 +1,182 @@
+"""The root file system: what packages hold, put together as one read-only squashfs without installing anything.
+
+Files stream from the packages into the file system's maker, which needs no privilege for root's files and gives the
+same bytes for the same input.  What scripts of packages would do and a sandbox needs is in `_own_files`.
+"""
+
+from __future__ import annotations
+
+import io
+import posixpath
+import subprocess
+import tarfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from podflare.engines.microvm.image import debs, tools
+from podflare.errors import TemplateFailed
+
+MADE_AT = 1_700_000_000
+"""Time of files that are no package's."""
+COMPRESSION = ("-comp", "lz4", "-b", "128K")
+"""Cheap to read, for many machines read the same file."""
+_MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
+"""Directories that are links into /usr; packages may name either."""
+_LEFT_OUT = (
+    "usr/share/man/", "usr/share/info/", "usr/share/locale/", "usr/share/lintian/", "usr/share/bug/",
+    "usr/share/doc-base/", "usr/share/gcc/", "usr/share/gdb/", "usr/share/pixmaps/", "usr/lib/systemd/",
+    "usr/lib/udev/", "usr/share/i18n/", "usr/share/perl/5.36.0/pod/", "usr/share/menu/",
+)  # fmt: skip
+_CERTIFICATES = "usr/share/ca-certificates/"
+_TAKEN_FROM = {
+    "usr/share/base-passwd/passwd.master": "etc/passwd",
+    "usr/share/base-passwd/group.master": "etc/group",
+    "usr/share/base-files/nsswitch.conf": "etc/nsswitch.conf",
+}
+"""What scripts of packages copy."""
+_LINKS = {
+    **{name: f"usr/{name}" for name in _MERGED},
+    "usr/bin/python": "python3",
+    "usr/bin/awk": "mawk",
+    "usr/bin/which": "which.debianutils",
+    "usr/bin/pager": "less",
+    "etc/mtab": "../proc/self/mounts",
+}
+_FOLDERS = ("dev", "etc/ssl/certs", "proc", "root", "run", "sys", "usr/local/bin", "var/tmp")
+_TEXTS = {
+    "etc/hostname": "sandbox\n",
+    "etc/hosts": "127.0.0.1 localhost sandbox\n::1 localhost\n",
+    "etc/resolv.conf": "",
+    "etc/machine-id": "",
+    "etc/shadow": "root:*:19000:0:99999:7:::\n",
+    "root/.bashrc": "",
+}
+_WRITE_TIMEOUT_S = 120.0
+
+
+class Writer:
+    """Collects one root file system.  The first entry of a path counts."""
+
+    def __init__(self, archive: tarfile.TarFile) -> None:
+        self._archive = archive
+        self._seen: set[str] = set()
+        self._certificates: dict[str, bytes] = {}
+
+    def add_package(self, path: Path) -> None:
+        """All files of a package but documentation.  Raises: TemplateFailed."""
+        with debs.content(path) as package:
+            for member in package:
+                self._add_member(member, package)
+
+    def _add_member(self, member: tarfile.TarInfo, package: tarfile.TarFile) -> None:
+        name = merged(member.name)
+        if not name or name.startswith(_LEFT_OUT) or _is_documentation(name):
+            return
+        file = package.extractfile(member) if member.isreg() else None
+        content = file.read() if file is not None else b""
+        if name.startswith(_CERTIFICATES) and name.endswith(".crt"):
+            self._certificates[name] = content
+        if name in _TAKEN_FROM:
+            self.add_file(_TAKEN_FROM[name], content)
+        if member.islnk():
+            member.linkname = merged(member.linkname)
+        member.name, member.uname, member.gname = name, "", ""
+        member.pax_headers = {}
+        self._add(member, content)
+
+    def add_file(self, name: str, content: bytes, mode: int = 0o644) -> None:
+        self._add_parents(name)
+        entry = tarfile.TarInfo(name)
+        entry.size, entry.mode, entry.mtime = len(content), mode, MADE_AT
+        self._add(entry, content)
+
+    def add_link(self, name: str, target: str) -> None:
+        self._add_parents(name)
+        entry = tarfile.TarInfo(name)
+        entry.type, entry.linkname, entry.mode, entry.mtime = tarfile.SYMTYPE, target, 0o777, MADE_AT
+        self._add(entry, b"")
+
+    def add_folder(self, name: str, mode: int = 0o755) -> None:
+        self._add_parents(name)
+        entry = tarfile.TarInfo(name)
+        entry.type, entry.mode, entry.mtime = tarfile.DIRTYPE, mode, MADE_AT
+        self._add(entry, b"")
+
+    def add_own(self) -> None:
+        """What scripts of the packages would have made; after the last package."""
+        for name in _FOLDERS:
+            self.add_folder(name, 0o1777 if name.endswith("tmp") else 0o700 if name == "root" else 0o755)
+        for name, text in _TEXTS.items():
+            self.add_file(name, text.encode(), 0o640 if name == "etc/shadow" else 0o644)
+        self.add_file("etc/ssl/certs/ca-certificates.crt", b"".join(self._certificates.values()))
+
+    def _add_parents(self, name: str) -> None:
+        parent = posixpath.dirname(name)
+        if parent and parent not in self._seen:
+            self.add_folder(parent)
+
+    def _add(self, entry: tarfile.TarInfo, content: bytes) -> None:
+        if entry.name in self._seen:
+            return
+        self._seen.add(entry.name)
+        self._archive.addfile(entry, io.BytesIO(content))
+
+
+def merged(name: str) -> str:
+    """A path of a package as it is in the root: without ./, and below /usr what belongs there now."""
+    plain = name.removeprefix("./").strip("/")
+    if plain == ".":
+        return ""
+    top = plain.split("/", 1)[0]
+    return f"usr/{plain}" if top in _MERGED else plain
+
+
+def _is_documentation(name: str) -> bool:
+    return name.startswith("usr/share/doc/") and name.count("/") > 3 and not name.endswith("/copyright")
+
+
+def write(
+    target: Path,
+    packages: Sequence[Path],
+    more: Iterable[tuple[str, bytes, int]],
+    told: Callable[[float], None],
+) -> None:
+    """Make the file system.
+
+    Args:
+        target: a file that is not there yet.
+        more: (path, content, mode) of files that are no package's.
+        told: is called with the fraction that is done.
+    Raises: TemplateFailed; OSError.
+    """
+    command = ["sqfstar", *COMPRESSION, "-no-progress", "-quiet", "-mkfs-time", str(MADE_AT), "-reproducible"]
+    command += ["-no-xattrs", "-root-mode", "755", "-root-uid", "0", "-root-gid", "0", "-root-time", str(MADE_AT)]
+    with subprocess.Popen(
+        [*command, str(target)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None and process.stderr is not None
+        try:
+            with tarfile.open(fileobj=process.stdin, mode="w|", format=tarfile.GNU_FORMAT) as archive:
+                _fill(Writer(archive), packages, more, told)
+            process.stdin.close()
+        except BrokenPipeError:
+            pass  # it says why below
+        except BaseException:
+            process.kill()
+            raise
+        said = process.stderr.read()
+    if process.returncode != 0:
+        raise TemplateFailed(tools.failure(command, process.returncode, said))
+
+
+def _fill(
+    writer: Writer, packages: Sequence[Path], more: Iterable[tuple[str, bytes, int]], told: Callable[[float], None]
+) -> None:
+    for name, target in _LINKS.items():
+        writer.add_link(name, target)
+    for name, content, mode in more:
+        writer.add_file(name, content, mode)
+    for number, package in enumerate(packages):
+        told(number / len(packages))
+        writer.add_package(package)
+    writer.add_own()

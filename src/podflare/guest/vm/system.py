@@ -1,0 +1,56 @@
+"""What the first process does to its virtual machine: loopback, clock, entropy, names, its end.
+
+Needs root of the machine.  Raises OSError that names the step.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+import time
+import uuid
+
+OWN_FOLDER = "/run/podflare"
+"""Read-only, made by the initramfs: this code."""
+EMPTY = f"{OWN_FOLDER}/empty"
+
+_RNDADDENTROPY = 0x40085203
+_RNDRESEEDCRNG = 0x5207
+_SIOCSIFFLAGS = 0x8914
+_IFF_UP_RUNNING = 0x1 | 0x40
+
+
+def raise_loopback() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        fcntl.ioctl(sock, _SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", _IFF_UP_RUNNING))
+
+
+def set_names(hostname: str, machine_id: str) -> None:
+    """Host name and machine id; empty: a new one."""
+    if hostname:
+        socket.sethostname(hostname)
+    with open("/etc/machine-id", "w") as file:
+        file.write((machine_id or uuid.uuid4().hex) + "\n")
+
+
+def set_clock(unix_ns: int) -> None:
+    time.clock_settime_ns(time.CLOCK_REALTIME, unix_ns)
+
+
+def add_entropy(seed: bytes) -> None:
+    """From now on /dev/urandom and getrandom(2) differ from those of every other copy of this machine."""
+    fd = os.open("/dev/urandom", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(fd, _RNDADDENTROPY, struct.pack("ii", len(seed) * 8, len(seed)) + seed)
+        fcntl.ioctl(fd, _RNDRESEEDCRNG)
+    finally:
+        os.close(fd)
+
+
+def stop() -> None:
+    """Reboot at once, which every hypervisor is told to take for the end.  Nothing is written back: disks are the
+    machine's own and go with it."""
+    with open("/proc/sysrq-trigger", "w") as file:
+        file.write("b")
