@@ -30,7 +30,7 @@ from podflare.wire.api import DEFAULT_TEMPLATE
 
 if TYPE_CHECKING:
     from podflare.engines.microvm.image.build import Built
-    from podflare.engines.microvm.image.store import ImageStore
+    from podflare.engines.microvm.image.store import ImageStore as ImageStore
 
 ENGINES = ("process",)
 """Engines of this version, the first being the default."""

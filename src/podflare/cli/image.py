@@ -17,7 +17,7 @@ from rich.table import Table
 from podflare.cli.terminal import console, is_rich, one_line
 
 if TYPE_CHECKING:
-    from podflare.engines.microvm.image.store import ImageStore
+    from podflare.serve import ImageStore
 
 _FOLDER: Path | None = typer.Option(
     None,
