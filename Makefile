@@ -8,8 +8,9 @@ PY := .venv/bin/python
 PYTEST := $(PY) -m pytest $(shell test -w . || echo -p no:cacheprovider)
 TESTS ?= tests
 USER_TESTS ?= tests/contract tests/security tests/integration/process tests/integration/client
-# Tests share nothing but the machine, so they run side by side; JOBS=0 runs them in one process (for a debugger).
-JOBS ?= 2
+# Tests share nothing but the machine, so they run side by side, and they wait more than they work; JOBS=0 runs them
+# in one process (for a debugger).
+JOBS ?= 4
 ARGS ?=
 
 .PHONY: help setup demo test test-user test-unit check format docs bench soak lock clean
