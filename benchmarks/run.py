@@ -1,6 +1,6 @@
 """`make bench`: runs every benchmark, prints a table, writes benchmarks/results/<time>.json.
 
-python -m benchmarks.run [--full] [NAME ...]     NAME: create embedded hot_cell memory churn files fork loop gateway
+python -m benchmarks.run [--full] [NAME ...]     NAME: create embedded hot_cell memory churn files fork loop gateway neighbours
 python -m benchmarks.run --spec RESULT.json      write those figures into SPEC.md
 """
 
@@ -24,7 +24,7 @@ from benchmarks.series import Series, ratios
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-NAMES = ("create", "embedded", "hot_cell", "memory", "churn", "files", "fork", "loop", "gateway")
+NAMES = ("create", "embedded", "hot_cell", "memory", "churn", "files", "fork", "loop", "gateway", "neighbours")
 MARKS = ("<!-- figures: written by python -m benchmarks.run --spec -->", "<!-- end of figures -->")
 
 

@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import anyio
+
 from podflare.errors import ProtocolError, TooLarge
 from podflare.host.config import Config
 from podflare.host.guest_link import GuestLink
 from podflare.host.kept import KeptOutput, Room
 from podflare.host.output import CappedStream, EventFeed, ReplayBuffer
+from podflare.host.pace import FRAME_COST, LINE_COST, Pace
 from podflare.host.tools import ToolCalls
 from podflare.wire import events, frames
 from podflare.wire.api import ExecRequest, ToolAnswer
@@ -79,6 +82,10 @@ class Surroundings(Protocol):
     id: str
     config: Config
     replay: ReplayBuffer
+    pace: Pace
+
+    def slow_down(self, cost: int) -> None:
+        """Output came: stop reading for a while if it comes too fast."""
 
     def cell_said_exit(self, cell: Cell, message: Exit) -> None:
         """The guest ended the cell.  The sandbox answers with `cell.finish`, now or soon."""
@@ -255,6 +262,7 @@ class Cell:
 
     def _on_output(self, name: str, data: bytes) -> None:
         stream = self._streams[name]
+        self._sandbox.slow_down(len(data) + FRAME_COST)
         stream.kept.append(data)
         now = stream.cap.feed(data)
         stream.passed += len(now)
@@ -406,12 +414,19 @@ class Cell:
                 self._cancel_beat()
             if chunk or last:
                 self._beat_due = False
+                await self._keep_pace(chunk)
                 self._taken_at_s = time.monotonic()
                 return chunk, last
             if self._beat_due:
                 self._beat_due = False
                 return events.HEARTBEAT, False
             await self._awake.wait()
+
+    async def _keep_pace(self, chunk: bytes) -> None:
+        """Short lines cost the daemon far more than their bytes."""
+        owed_s = self._sandbox.pace.spend(LINE_COST * chunk.count(b"\n"), time.monotonic())
+        if owed_s:
+            await anyio.sleep(owed_s)
 
     def _arm_beat(self, delay_s: float) -> None:
         self._beat_timer = asyncio.get_running_loop().call_later(delay_s, self._beat)

@@ -92,6 +92,8 @@ class Config:
     stream_head_bytes: int = 4 * MIB
     stream_tail_bytes: int = 4 * MIB
     """Of each of stdout and stderr, the client gets the first and the last so many bytes."""
+    output_rate_mib: int = 32
+    """MiB a second that one sandbox may print in the long run (host/pace.py); its writes wait then.  0: no limit."""
     keep_cells: int = 8
     """Cells whose whole output stays fetchable, per sandbox."""
     keep_cell_bytes: int = 256 * MIB
@@ -232,6 +234,7 @@ def _from_variables(environ: Mapping[str, str]) -> dict[str, Any]:
     for setting, names, low in (
         ("pool_size", ("PODFLARE_POOL_SIZE", "PODFLARE_FC_POOL_SIZE"), 0),
         ("max_sandboxes", ("PODFLARE_MAX_SANDBOXES",), 1),
+        ("output_rate_mib", ("PODFLARE_OUTPUT_RATE_MIB",), 0),
         ("lifetime_s", ("PODFLARE_LIFETIME_SECONDS",), 1),
         ("idle_s", ("PODFLARE_IDLE_SECONDS",), 1),
     ):

@@ -27,6 +27,7 @@ from podflare.host.kept import KeptOutput, Room, SharedRoom
 from podflare.host.lifecycle import State, Step, step
 from podflare.host.lineage import Lineage, Terms, losses
 from podflare.host.output import ReplayBuffer
+from podflare.host.pace import Pace
 from podflare.host.turns import Turn
 from podflare.wire import events
 from podflare.wire.api import ExecRequest, LifetimesRequest, SandboxInfo, SandboxUsage, ToolAnswer
@@ -68,6 +69,7 @@ class Sandbox:
         self.config = config
         self.state = step(State.STARTING, Step.STARTED)
         self.replay = ReplayBuffer(config.replay_events, config.replay_bytes)
+        self.pace = Pace(config.output_rate_mib << 20)
         self.gone = asyncio.Event()
         self.cause = ""
         self._machine = machine
@@ -89,6 +91,7 @@ class Sandbox:
         """Cells that ran in the machine's memory; no two of them may share a name, by which tracebacks find lines."""
         self._notice = losses(lineage.fork_report)
         self._transfers = 0
+        self._slowed = False
         self._oom_kills = 0
         self._out_of_memory = False
         link.when_down = self._on_link_down
@@ -213,6 +216,22 @@ class Sandbox:
         """Answer a tool call of a cell.  Raises: CellNotFound, CallNotFound; Conflict if it waits no longer."""
         self.touch()
         self._find(cell_id).answer(answer)
+
+    def slow_down(self, cost: int) -> None:
+        """Output came.  What is above the sandbox's pace is not read before its time: its writers wait."""
+        owed_s = self.pace.spend(cost, time.monotonic())
+        if owed_s and not self._slowed:
+            self._slowed = True
+            self._link.hold()
+            asyncio.get_running_loop().call_later(owed_s, self._go_on, self._link)
+
+    def _go_on(self, link: GuestLink) -> None:
+        owed_s = self.pace.owed_s(time.monotonic())
+        if owed_s and not link.down:
+            asyncio.get_running_loop().call_later(owed_s, self._go_on, link)
+        else:
+            self._slowed = False
+            link.unhold()
 
     def give_up(self, cause: str) -> None:
         self.end(f"machine closed: {cause}")

@@ -163,3 +163,40 @@ async def test_an_extended_life_is_not_warned_of(scripted):
                 if answer.status_code == 404 or "warning" in [event["type"] for event in events(answer.content)]:
                     break
         assert answer.status_code == 200
+
+
+async def test_output_without_end_comes_at_its_rate_and_leaves_the_neighbour_alone(host):
+    """A cell that prints without end is read at the rate, can be interrupted at once, and others run meanwhile."""
+    async with host(output_rate_mib=1) as h:
+        loud, neighbour = await h.create(), await h.create()
+        cells = []
+
+        async def shout() -> None:
+            cells.append(await h.exec(loud, "import os\nwhile True: os.write(1, b'x' * 65535 + b'\\n')"))
+
+        async with anyio.create_task_group() as tasks:
+            start = time.monotonic()
+            tasks.start_soon(shout)
+            for _ in range(20):
+                assert text(await h.exec(neighbour, "print(2)")) == "2"
+                await anyio.sleep(0.05)
+            told = await h.client.post(f"/v1/sandboxes/{loud}/interrupt")
+            with anyio.fail_after(10):
+                await wait_until(lambda: bool(cells))
+            passed = time.monotonic() - start
+        assert cells[0][-1]["reason"] == "interrupted"
+        path = f"/v1/sandboxes/{loud}/cells/{told.json()['cell_id']}/output"
+        whole = (await h.client.get(path)).content
+        assert 2**20 < len(whole) < (2 + passed) * 2**20 + 2**20
+
+
+async def test_output_above_the_rate_is_late_not_lost(host):
+    """What comes faster than the rate waits in its sandbox; all of it arrives, in order; short lines count for more."""
+    async with host(output_rate_mib=1) as h:
+        sandbox = await h.create()
+        start = time.monotonic()
+        cell = await h.exec(sandbox, "for i in range(2 << 10): print(f'{i:1023}')")
+        assert [int(line) for line in text(cell).split("\n")] == list(range(2 << 10))
+        cell = await h.exec(sandbox, "for i in range(4096): print()")
+        assert text(cell) == "\n" * 4095
+        assert time.monotonic() - start > 0.7
