@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from podflare.guest import syscalls as sc
 from podflare.guest.process.confine import mount_proc
+from podflare.guest.vm import template
 from podflare.guest.vm.system import EMPTY
 
 HOME = "/root"
@@ -69,12 +70,14 @@ def _become_agent(channel: socket.socket) -> NoReturn:
         _make_dev()
         os.dup2(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC), 0)
         os.chdir(HOME)
+        template.prepare()
         sc.lock_secure_bits()
         sc.empty_bounding_set()
         sc.set_capabilities()
         sc.set_no_new_privs()
         # User code has the agent's user id; only this keeps it away from the agent's memory (ptrace(2)).
         sc.set_dumpable(False)
+        template.preload()
         agent.run(channel, home=HOME, before_repl=_before_repl)
     except BaseException as exc:  # noqa: BLE001  # as above
         sys.stderr.write(f"podflare: the agent could not be started: {exc}\n")

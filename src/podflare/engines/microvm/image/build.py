@@ -1,12 +1,13 @@
 """Makes an image: packages are chosen and fetched, then kernel, root and initramfs made of them beside the store.
 
-What an older image has already (the same root, the same kernel) is taken from there.
+A root that an older image has already, made from the same packages, is taken from there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,11 +15,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from podflare.engines.bundle import build_bundle
-from podflare.engines.microvm.image import initramfs, kernel, rootfs, tools
+from podflare.engines.microvm.image import additions, initramfs, kernel, rootfs, tools
 from podflare.engines.microvm.image import store as files
 from podflare.engines.microvm.image.debs import Apt, Deb, digest_of
+from podflare.engines.microvm.image.python import ImagePython
 from podflare.engines.microvm.image.recipe import KERNEL, SHELL, Recipe
 from podflare.engines.microvm.image.store import Image, ImageStore, Manifest
+from podflare.engines.templates.pip import Installed
 from podflare.errors import TemplateFailed, UnknownTemplate
 
 Progress = Callable[[str, float], None]
@@ -47,6 +50,15 @@ class _Packages:
         return (*self.root, self.kernel, self.shell)
 
 
+@dataclass(frozen=True)
+class _Root:
+    """A root file system that was made."""
+
+    digest: str
+    wheels: tuple[Installed, ...] = ()
+    missing_programs: tuple[str, ...] = ()
+
+
 def guest_digest() -> str:
     """Of the guest's code that this version of podflare puts into images."""
     with tempfile.TemporaryDirectory() as folder:
@@ -64,13 +76,13 @@ def build(recipe: Recipe, store: ImageStore, *, again: bool, tell: Progress, sou
     tools.check()
     store.prepare()
     definition, guest = _digest([files.FORMAT, _body(recipe), str(sources)]), guest_digest()
-    old = _there(store, recipe.name)
-    if not again and old is not None and (old.manifest.definition, old.manifest.guest) == (definition, guest):
-        return Built(old, cached=True)
     started = time.time()
     try:
         with store.building() as folder:
-            manifest = _make(recipe, store, folder, sources, tell)
+            old = _there(store, recipe.name)
+            if not again and old and (old.manifest.definition, old.manifest.guest) == (definition, guest):
+                return Built(old, cached=True)
+            manifest = _Build(recipe, store, folder, sources, tell).run()
             manifest = replace(
                 manifest,
                 definition=definition,
@@ -91,47 +103,115 @@ def _there(store: ImageStore, name: str) -> Image | None:
         return None
 
 
-def _make(recipe: Recipe, store: ImageStore, folder: Path, sources: Path | None, tell: Progress) -> Manifest:
-    tell("asking for the newest packages", 0.0)
-    apt = Apt(store.cache, sources)
-    apt.prepare()
-    apt.update()
-    tell("choosing packages", 0.08)
-    chosen = _choose(apt, recipe)
-    apt.fetch(chosen.all, lambda done: tell(f"fetching {len(chosen.all)} packages", 0.1 + 0.3 * done))
-    tell("unpacking the kernel", 0.4)
-    bzimage, modules, builtin = kernel.read(apt.path(chosen.kernel))
-    (folder / files.KERNEL).write_bytes(bzimage)
-    (folder / files.VMLINUX).write_bytes(kernel.uncompressed(bzimage))
-    tell("packing the first root", 0.55)
-    with tempfile.TemporaryDirectory() as scratch:
-        guest = _guest(Path(scratch))
-    shell = initramfs.shell_of(apt.path(chosen.shell))
-    (folder / files.INITRD).write_bytes(initramfs.build(shell, modules, kernel.order(modules, builtin), guest))
-    rootfs.write(
-        folder / files.ROOTFS,
-        [apt.path(deb) for deb in chosen.root],
-        (),
-        lambda done: tell("writing the root file system", 0.6 + 0.4 * done),
-    )
-    root = _digest([files.FORMAT, [asdict(deb) for deb in chosen.root]])
-    return Manifest(
-        name=recipe.name,
-        definition="",
-        guest="",
-        root=root,
-        files=tuple(_described(folder / name) for name in files.FILES),
-        kernel=chosen.kernel.version,
-        python=next(deb.version for deb in chosen.root if deb.name == "python3"),
-        packages=tuple((deb.name, deb.version) for deb in chosen.root),
-    )
+class _Build:
+    """One build, step by step."""
 
+    def __init__(self, recipe: Recipe, store: ImageStore, folder: Path, sources: Path | None, tell: Progress) -> None:
+        self._recipe, self._store, self._folder, self._tell = recipe, store, folder, tell
+        self._apt = Apt(store.cache, sources)
 
-def _choose(apt: Apt, recipe: Recipe) -> _Packages:
-    kernels = [name for name in apt.depends(KERNEL) if name.startswith("linux-image-")]
-    if not kernels:
-        raise TemplateFailed(f"{KERNEL} depends on no kernel")
-    return _Packages(apt.resolve(recipe.packages), apt.newest(kernels[0]), apt.newest(SHELL))
+    def run(self) -> Manifest:
+        """Make the files of the image in the folder.  Raises: TemplateFailed; OSError."""
+        self._tell("asking for the newest packages", 0.0)
+        self._apt.prepare()
+        self._apt.update()
+        self._tell("choosing packages", 0.1)
+        chosen = self._choose()
+        self._fetch(chosen)
+        with tempfile.TemporaryDirectory(dir=self._store.cache) as scratch:
+            self._tell("unpacking Python", 0.4)
+            definition = self._recipe.definition
+            python_folder = Path(scratch, "python")
+            python_folder.mkdir()
+            whole = definition is not None and bool(definition.packages)
+            python = ImagePython.unpack(self._apt, chosen.root, python_folder, whole=whole)
+            if definition is not None:
+                additions.check_python(definition, python.version)
+            self._write_kernel(chosen, python, Path(scratch, "guest"))
+            root = self._write_root(chosen, python, Path(scratch))
+        return Manifest(
+            name=self._recipe.name,
+            definition="",
+            guest="",
+            root=root.digest,
+            files=tuple(_described(self._folder / name) for name in files.FILES),
+            kernel=chosen.kernel.version,
+            python=next(deb.version for deb in chosen.root if deb.name == "python3"),
+            packages=tuple((deb.name, deb.version) for deb in chosen.root),
+            wheels=tuple((one.name, one.version) for one in root.wheels),
+            missing_programs=root.missing_programs,
+        )
+
+    def _choose(self) -> _Packages:
+        kernels = [name for name in self._apt.depends(KERNEL) if name.startswith("linux-image-")]
+        if not kernels:
+            raise TemplateFailed(f"{KERNEL} depends on no kernel")
+        wanted = (*self._recipe.packages, *self._apt.known(self._recipe.programs))
+        return _Packages(self._apt.resolve(wanted), self._apt.newest(kernels[0]), self._apt.newest(SHELL))
+
+    def _fetch(self, chosen: _Packages) -> None:
+        what = f"fetching {len(chosen.all)} packages"
+        self._apt.fetch(chosen.all, lambda done: self._tell(what, 0.15 + 0.25 * done))
+
+    def _write_kernel(self, chosen: _Packages, python: ImagePython, scratch: Path) -> None:
+        """The kernel, and the initramfs with its modules and the guest's code."""
+        self._tell("unpacking the kernel", 0.45)
+        bzimage, modules, builtin = kernel.read(self._apt.path(chosen.kernel))
+        (self._folder / files.KERNEL).write_bytes(bzimage)
+        (self._folder / files.VMLINUX).write_bytes(kernel.uncompressed(bzimage))
+        guest = _guest(scratch / "plain")
+        guest |= python.compiled(guest, initramfs.GUEST_TARGET, scratch / "compiled")
+        guest[additions.SETTINGS] = additions.settings(self._recipe.definition)
+        shell = initramfs.shell_of(self._apt.path(chosen.shell))
+        order = kernel.order(modules, builtin)
+        (self._folder / files.INITRD).write_bytes(initramfs.build(shell, modules, order, guest))
+
+    def _write_root(self, chosen: _Packages, python: ImagePython, scratch: Path) -> _Root:
+        definition = self._recipe.definition
+        packages = [asdict(deb) for deb in chosen.root]
+        if definition is None:
+            digest = _digest([files.FORMAT, packages])
+            if self._take_over(digest):
+                return _Root(digest)
+        extra: list[rootfs.Entry] = []
+        installed: tuple[Installed, ...] = ()
+        missing: list[str] = []
+        if definition is not None:
+            if definition.packages:
+                log = self._store.cache / f"{definition.name}.log"
+                log.write_bytes(b"")
+                installed, extra = additions.wheels(
+                    definition, python, scratch / "wheels", log, lambda step: self._tell(step, 0.5)
+                )
+            extra += additions.files(definition)
+            digest = _digest(
+                [files.FORMAT, packages, [hashlib.sha256(repr(one).encode()).hexdigest() for one in extra]]
+            )
+
+        def fill(writer: rootfs.Writer) -> None:
+            for entry in (*extra, *python.standard_library()):
+                writer.add(entry)
+            for number, deb in enumerate(chosen.root):
+                self._tell("writing the root file system", 0.6 + 0.4 * number / len(chosen.root))
+                writer.add_package(self._apt.path(deb))
+            if definition is not None:
+                links, lacking = additions.program_links(definition, writer.has)
+                missing.extend(lacking)
+                for link in links:
+                    writer.add(link)
+
+        self._tell("compiling the standard library", 0.55)
+        rootfs.write(self._folder / files.ROOTFS, fill)
+        return _Root(digest, installed, tuple(missing))
+
+    def _take_over(self, digest: str) -> bool:
+        """Use the root of an image that has the same one."""
+        for name in self._store.names():
+            old = _there(self._store, name)
+            if old is not None and old.manifest.root == digest:
+                os.link(old.rootfs, self._folder / files.ROOTFS)
+                return True
+        return False
 
 
 def _guest(folder: Path) -> dict[str, bytes]:
@@ -148,6 +228,9 @@ def _body(recipe: Recipe) -> object:
     body = asdict(recipe)
     if recipe.definition is not None:
         del body["definition"]["folder"]
+        body["content"] = [
+            _digest([one.path, one.content.hex(), one.link]) for one in additions.files(recipe.definition)
+        ]
     return body
 
 

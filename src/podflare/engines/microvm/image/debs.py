@@ -24,6 +24,7 @@ UPDATE_TIMEOUT_S = 300.0
 QUESTION_TIMEOUT_S = 120.0
 
 _CHOSEN = re.compile(r"^Inst (\S+) .*?\((\S+) .*\[(\w+)\]\)", re.MULTILINE)
+_CANDIDATE = re.compile(r"^(\S+):\n  Installed: .*\n  Candidate: (?!\(none\))", re.MULTILINE)
 _FETCHED = re.compile(r"dlstatus:\d+:([\d.]+):(.*)")
 
 
@@ -91,6 +92,11 @@ class Apt:
         said = self._ask("apt-get", "-qq", "-s", "install", "--", *wanted)
         chosen = sorted(_CHOSEN.findall(said))
         return self._with_digests(chosen)
+
+    def known(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Those of the names that are packages which could be fetched."""
+        said = self._ask("apt-cache", "policy", "--", *names) if names else ""
+        return tuple(_CANDIDATE.findall(said))
 
     def newest(self, name: str) -> Deb:
         """One package, without what it depends on.  Raises: TemplateFailed."""

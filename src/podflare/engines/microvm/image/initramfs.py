@@ -14,6 +14,8 @@ from podflare.errors import TemplateFailed
 SHELL = "bin/busybox"
 GUEST = "podflare"
 """Directory with the bundle."""
+GUEST_TARGET = "/run/podflare"
+"""Where it lies once the machine runs."""
 
 # /dev/vda is the root file system of the image, read-only; /dev/vdb is the machine's own disk, where it has one.
 SCRIPT = """#!/bin/busybox sh

@@ -26,6 +26,8 @@ class Recipe:
 
     name: str
     packages: tuple[str, ...]
+    programs: tuple[str, ...] = ()
+    """Packages that are left out where the distribution does not have them."""
     definition: Definition | None = None
     """The template's, but for `default`, which has none."""
 
@@ -36,5 +38,5 @@ def default() -> Recipe:
 
 def of(definition: Definition) -> Recipe:
     """The image of a template: the default one with the packages of its programs; the rest comes from the builder."""
-    programs = {package for _, package in definition.programs}
-    return Recipe(definition.name, tuple(sorted({*default().packages, *programs})), definition)
+    programs = tuple(sorted({package for _, package in definition.programs}))
+    return Recipe(definition.name, default().packages, programs, definition)

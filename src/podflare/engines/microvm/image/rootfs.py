@@ -6,11 +6,13 @@ same bytes for the same input.  What scripts of packages would do and a sandbox 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import posixpath
 import subprocess
 import tarfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from podflare.engines.microvm.image import debs, tools
@@ -54,6 +56,17 @@ _TEXTS = {
 _WRITE_TIMEOUT_S = 120.0
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A file that is no package's; with `link`, a symbolic link."""
+
+    path: str
+    """Without a leading /."""
+    content: bytes = b""
+    mode: int = 0o644
+    link: str = ""
+
+
 class Writer:
     """Collects one root file system.  The first entry of a path counts."""
 
@@ -83,6 +96,16 @@ class Writer:
         member.name, member.uname, member.gname = name, "", ""
         member.pax_headers = {}
         self._add(member, content)
+
+    def has(self, name: str) -> bool:
+        """Whether something has this path."""
+        return name in self._seen
+
+    def add(self, entry: Entry) -> None:
+        if entry.link:
+            self.add_link(entry.path, entry.link)
+        else:
+            self.add_file(entry.path, entry.content, entry.mode)
 
     def add_file(self, name: str, content: bytes, mode: int = 0o644) -> None:
         self._add_parents(name)
@@ -135,18 +158,10 @@ def _is_documentation(name: str) -> bool:
     return name.startswith("usr/share/doc/") and name.count("/") > 3 and not name.endswith("/copyright")
 
 
-def write(
-    target: Path,
-    packages: Sequence[Path],
-    more: Iterable[tuple[str, bytes, int]],
-    told: Callable[[float], None],
-) -> None:
-    """Make the file system.
+def write(target: Path, fill: Callable[[Writer], None]) -> None:
+    """Make the file system of what `fill` puts into it.
 
-    Args:
-        target: a file that is not there yet.
-        more: (path, content, mode) of files that are no package's.
-        told: is called with the fraction that is done.
+    Args: target: a file that is not there yet.
     Raises: TemplateFailed; OSError.
     """
     command = ["sqfstar", *COMPRESSION, "-no-progress", "-quiet", "-mkfs-time", str(MADE_AT), "-reproducible"]
@@ -157,26 +172,18 @@ def write(
         assert process.stdin is not None and process.stderr is not None
         try:
             with tarfile.open(fileobj=process.stdin, mode="w|", format=tarfile.GNU_FORMAT) as archive:
-                _fill(Writer(archive), packages, more, told)
+                writer = Writer(archive)
+                for name, link in _LINKS.items():
+                    writer.add_link(name, link)
+                fill(writer)
+                writer.add_own()
             process.stdin.close()
         except BrokenPipeError:
-            pass  # it says why below
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()  # it says below why it ended
         except BaseException:
             process.kill()
             raise
         said = process.stderr.read()
     if process.returncode != 0:
         raise TemplateFailed(tools.failure(command, process.returncode, said))
-
-
-def _fill(
-    writer: Writer, packages: Sequence[Path], more: Iterable[tuple[str, bytes, int]], told: Callable[[float], None]
-) -> None:
-    for name, target in _LINKS.items():
-        writer.add_link(name, target)
-    for name, content, mode in more:
-        writer.add_file(name, content, mode)
-    for number, package in enumerate(packages):
-        told(number / len(packages))
-        writer.add_package(package)
-    writer.add_own()

@@ -51,6 +51,8 @@ class Manifest:
     """(name, version) of the distribution's packages in the root, sorted."""
     wheels: tuple[tuple[str, str], ...] = ()
     """The same of Python packages that the template brings."""
+    missing_programs: tuple[str, ...] = ()
+    """Programs that the template names and the distribution does not have."""
     built_at_ms: int = 0
     build_s: float = 0.0
     format: int = FORMAT
@@ -93,6 +95,7 @@ def decode(data: bytes) -> Manifest:
         raise ValueError(f"its format is {body['format']!r:.20}, this version's is {FORMAT}")
     for key in ("files", "packages", "wheels"):
         body[key] = tuple(tuple(row) for row in body[key])
+    body["missing_programs"] = tuple(body["missing_programs"])
     manifest = Manifest(**body)
     if tuple(name for name, _, _ in manifest.files) != FILES:
         raise ValueError("it names other files than this version's")
