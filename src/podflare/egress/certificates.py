@@ -9,6 +9,8 @@ import datetime
 import os
 import ssl
 
+from anyio.abc import ByteStream
+from anyio.streams.tls import TLSStream
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -16,6 +18,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 _CA_DAYS = 3650
 _LEAF_DAYS = 30
+_KEPT_CONTEXTS = 64
 _SLACK = datetime.timedelta(days=1)
 """Clocks in sandboxes can be behind."""
 
@@ -44,6 +47,18 @@ class Authority:
         key = serialization.load_pem_private_key(key_pem, None)
         assert isinstance(key, ec.EllipticCurvePrivateKey)
         self._key = key
+        self._contexts: dict[str, ssl.SSLContext] = {}
+
+    async def serve_tls(self, stream: ByteStream, host: str) -> TLSStream:
+        """The server's side of TLS over `stream`, as `host`.
+
+        Raises: OSError (ssl.SSLError), anyio.BrokenResourceError, anyio.EndOfStream if the client does not go along.
+        """
+        context = self._contexts.pop(host, None) or self.server_context(host)
+        self._contexts[host] = context  # at the end: the newest
+        if len(self._contexts) > _KEPT_CONTEXTS:
+            del self._contexts[next(iter(self._contexts))]
+        return await TLSStream.wrap(stream, server_side=True, ssl_context=context, standard_compatible=False)
 
     def server_context(self, host: str) -> ssl.SSLContext:
         """A TLS server's settings with a fresh certificate for `host`, which speaks HTTP/1.1 only."""

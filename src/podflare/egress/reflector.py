@@ -1,0 +1,184 @@
+"""Reads a machine's packets from its tun and has each passed on, answered or dropped.
+
+Decides nothing: what to do with a new connection, a question for a name, or anything else is its `Owner`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from typing import Protocol
+
+from podflare.egress import packets
+from podflare.egress.addresses import DNS_PORT, GATEWAY, REFLECTED, SANDBOX
+from podflare.egress.flows import LET_IN, OVER, WAITING, Flow, Flows
+
+PACKETS_A_TURN = 32
+"""Read from one machine before the next one's turn."""
+_ACCEPTS_A_TURN = 32
+_SANDBOX, _REFLECTED, _GATEWAY = int(SANDBOX), int(REFLECTED), int(GATEWAY)
+_MULTICAST = 0xE0000000
+
+# Packets are dealt with one by one, from the read to the write, so one buffer is enough for all machines.
+_buffer = bytearray(packets.MAX_PACKET + 1)
+_view = memoryview(_buffer)
+
+
+class Owner(Protocol):
+    """Who decides.  No method may wait."""
+
+    def on_connection(self, flow: Flow) -> bool:
+        """A program wants this.  Returns False if it is refused at once; else `let_in` or `refuse` follows."""
+
+    def on_overflow(self, address: int, port: int) -> None:
+        """A connection was refused because there are too many."""
+
+    def on_question(self, payload: bytes, source_port: int, address: int) -> None:
+        """A datagram for a name server; `answer_question` may follow."""
+
+    def on_refused(self, protocol: str, address: int, port: int) -> None:
+        """Something that is neither TCP nor a question was refused."""
+
+    def on_broken(self) -> None:
+        """The tun is gone: nothing comes any more."""
+
+
+class Reflector:
+    """One machine's packets.  Owns both descriptors; `close` ends it."""
+
+    def __init__(self, tun: int, listener: socket.socket, flows: Flows, owner: Owner) -> None:
+        self._tun = tun
+        self._listener = listener
+        self._listener_port: int = listener.getsockname()[1]
+        self._flows = flows
+        self._owner = owner
+        self._loop = asyncio.get_running_loop()
+        os.set_blocking(tun, False)
+        listener.setblocking(False)
+        self._loop.add_reader(tun, self._read)
+        self._loop.add_reader(listener.fileno(), self._accept)
+
+    def end_lost(self) -> None:
+        """Make the machine's kernel say where the connections of an earlier gate are, so that they get an RST."""
+        for source_port, address, port in self._flows.lost():
+            self._write(packets.probe(address, _SANDBOX, port, source_port))
+
+    def let_in(self, flow: Flow) -> None:
+        """The other side is there: the program's connection may begin."""
+        if flow.state == WAITING:
+            flow.state = LET_IN
+            packet = bytearray(flow.syn)
+            flow.inward.apply(packet)
+            self._write(packet)
+
+    def refuse(self, flow: Flow, *, unreachable: bool) -> None:
+        """The program's connection fails: refused by the other side, or `unreachable`."""
+        syn = flow.syn
+        if unreachable:
+            self._write(packets.unreachable(syn, len(syn), packets.HOST_UNREACHABLE, _GATEWAY))
+        elif (answer := packets.reset(syn, len(syn))) is not None:
+            self._write(answer)
+
+    def answer_question(self, payload: bytes, source_port: int, address: int) -> None:
+        """A name server's answer to what came from this port for this address."""
+        if (packet := packets.udp(address, _SANDBOX, DNS_PORT, source_port, payload)) is not None:
+            self._write(packet)
+
+    def close(self) -> None:
+        """Stop.  Idempotent."""
+        if self._tun >= 0:
+            self._loop.remove_reader(self._tun)
+            self._loop.remove_reader(self._listener.fileno())
+            os.close(self._tun)
+            self._listener.close()
+            self._tun = -1
+
+    def _read(self) -> None:
+        for _ in range(PACKETS_A_TURN):
+            if self._tun < 0:
+                return
+            try:
+                size = os.readv(self._tun, (_buffer,))
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError:
+                size = 0
+            if size == 0:
+                self._loop.remove_reader(self._tun)
+                self._owner.on_broken()
+                return
+            self._take(size)
+
+    def _take(self, size: int) -> None:
+        seen = packets.parse(_buffer, size)
+        if seen is None:
+            return
+        protocol, source, destination, source_port, port = seen
+        if source != _SANDBOX:
+            return
+        if protocol == packets.TCP:
+            if destination == _REFLECTED and source_port == self._listener_port:
+                flow = self._flows.by_port.get(port)
+                if flow is not None and flow.state != WAITING:
+                    flow.outward.apply(_buffer)
+                    self._write(_view[:size])
+                    return
+            else:
+                flow = self._flows.by_key.get((source_port, destination, port))
+                only_syn = packets.tcp_flags(_buffer) == packets.SYN
+                if only_syn and (flow is None or flow.state == OVER):
+                    self._connect((source_port, destination, port), size)
+                    return
+                if flow is not None:
+                    if flow.state != WAITING:
+                        flow.inward.apply(_buffer)
+                        self._write(_view[:size])
+                    return
+            self._reset(size)
+        elif protocol == packets.UDP and port == DNS_PORT:
+            self._owner.on_question(packets.udp_payload(_buffer, size), source_port, destination)
+        else:
+            self._prohibit(protocol, destination, port, size)
+
+    def _connect(self, key: tuple[int, int, int], size: int) -> None:
+        flow = self._flows.open(key, bytes(_view[:size]), self._loop.create_future(), self._loop.time())
+        if flow is None:
+            self._owner.on_overflow(key[1], key[2])
+            self._reset(size)
+        elif not self._owner.on_connection(flow):
+            self._flows.end(flow, self._loop.time())
+            self._reset(size)
+
+    def _reset(self, size: int) -> None:
+        if (answer := packets.reset(_buffer, size)) is not None:
+            self._write(answer)
+
+    def _prohibit(self, protocol: int, destination: int, port: int, size: int) -> None:
+        if protocol == packets.ICMP and _buffer[20] != packets.ECHO_REQUEST:
+            return  # an error must not be answered with an error
+        known = {packets.UDP: "udp", packets.ICMP: "icmp"}.get(protocol)
+        self._owner.on_refused(known or "ip", destination, port if known == "udp" else 0)
+        if destination < _MULTICAST:
+            code = packets.PROHIBITED if known else packets.PROTOCOL_UNREACHABLE
+            self._write(packets.unreachable(_buffer, size, code, _GATEWAY))
+
+    def _write(self, packet: bytes | bytearray | memoryview) -> None:
+        if self._tun >= 0:
+            try:
+                os.write(self._tun, packet)
+            except OSError:
+                pass  # as on any network a packet may be lost; one that the kernel does not take is no loss
+
+    def _accept(self) -> None:
+        for _ in range(_ACCEPTS_A_TURN):
+            try:
+                sock, peer = self._listener.accept()
+            except OSError:
+                return
+            flow = self._flows.by_port.get(peer[1]) if peer[0] == str(REFLECTED) else None
+            if flow is None or flow.state != LET_IN or flow.accepted.done():
+                sock.close()  # a program that found the listener by itself
+                continue
+            sock.setblocking(False)
+            flow.accepted.set_result(sock)
