@@ -16,6 +16,7 @@ COMMANDS = (
     "repl",
     "ls",
     "tree",
+    "egress",
     "doctor",
     "template",
     "template build",

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
+
 START_S = 40.0
 STOP_S = 20.0
 
@@ -27,9 +29,12 @@ class ServedDaemon:
 
 
 @contextlib.contextmanager
-def served(folder: Path, *words: str, env: Mapping[str, str] | None = None) -> Iterator[ServedDaemon]:
+def served(
+    folder: Path, *words: str, env: Mapping[str, str] | None = None, gate: bool = False
+) -> Iterator[ServedDaemon]:
     """Serve on a free port of loopback, with what it keeps under `folder`; `words` are further options.
 
+    Args: gate: start the process for egress, too, which then lives as long as the daemon.
     Without a pool: what is refilled after a test would look like a leak of that test.
     """
     command = [sys.executable, "-m", "podflare", "serve", "--host", "127.0.0.1", "--port", "0", "--announce"]
@@ -45,7 +50,12 @@ def served(folder: Path, *words: str, env: Mapping[str, str] | None = None) -> I
         assert select.select([process.stdout], [], [], START_S)[0], log.read_text()
         line = process.stdout.readline()
         assert line, log.read_text()
-        yield ServedDaemon(json.loads(line)["address"], process.pid)
+        daemon = ServedDaemon(json.loads(line)["address"], process.pid)
+        if gate:
+            httpx.post(f"{daemon.url}/v1/sandboxes", json={"egress": True}, timeout=START_S).raise_for_status()
+            for sandbox in httpx.get(f"{daemon.url}/v1/sandboxes").json()["sandboxes"]:
+                httpx.delete(f"{daemon.url}/v1/sandboxes/{sandbox['id']}", timeout=START_S).raise_for_status()
+        yield daemon
     finally:
         process.send_signal(signal.SIGTERM)
         try:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from podflare.client._async.pty import AsyncPtyHandle as AsyncPtyHandle
     from podflare.client._async.pty import AsyncPtyNamespace as AsyncPtyNamespace
     from podflare.client._async.sandbox import AsyncSandbox as AsyncSandbox
+    from podflare.client._egress import Secret as Secret
     from podflare.client._ranking import Attempt as Attempt
     from podflare.client._ranking import Exploration as Exploration
     from podflare.client._regions import RegionInfo as RegionInfo
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from podflare.errors import DaemonStartFailed as DaemonStartFailed
     from podflare.errors import DaemonUnreachable as DaemonUnreachable
     from podflare.errors import DeadlineExceeded as DeadlineExceeded
+    from podflare.errors import EgressUnavailable as EgressUnavailable
     from podflare.errors import FileAccessError as FileAccessError
     from podflare.errors import FileMissing as FileMissing
     from podflare.errors import Forbidden as Forbidden
@@ -72,6 +74,8 @@ if TYPE_CHECKING:
     from podflare.wire.api import ForkReport as ForkReport
     from podflare.wire.api import SandboxInfo as SandboxInfo
     from podflare.wire.api import SandboxUsage as SandboxUsage
+    from podflare.wire.egress import EgressEntry as EgressEntry
+    from podflare.wire.egress import EgressLog as EgressLog
     from podflare.wire.events import Event as Event
     from podflare.wire.merges import ConflictInfo as ConflictInfo
     from podflare.wire.merges import MergeReport as MergeReport
@@ -88,6 +92,7 @@ _HOMES = {
     "client._async.explore": ("explore_async",),
     "client._async.pty": ("AsyncPtyHandle", "AsyncPtyNamespace"),
     "client._async.sandbox": ("AsyncSandbox",),
+    "client._egress": ("Secret",),
     "client._ranking": ("Attempt", "Exploration"),
     "client._regions": ("RegionInfo", "detect_local_region", "haversine_km", "nearest_region_to", "resolve_region"),
     "client._sync.client": ("Client",),
@@ -116,6 +121,7 @@ _HOMES = {
         "DaemonStartFailed",
         "DaemonUnreachable",
         "DeadlineExceeded",
+        "EgressUnavailable",
         "FileAccessError",
         "FileMissing",
         "Forbidden",
@@ -137,6 +143,7 @@ _HOMES = {
         "UnknownTemplate",
     ),
     "wire.api": ("ForkReport", "SandboxInfo", "SandboxUsage"),
+    "wire.egress": ("EgressEntry", "EgressLog"),
     "wire.events": ("Event",),
     "wire.merges": ("ConflictInfo", "MergeReport", "MergeSide", "NotTransferable"),
 }
@@ -163,6 +170,9 @@ __all__ = [
     "DaemonUnreachable",
     "DeadlineExceeded",
     "Diff",
+    "EgressEntry",
+    "EgressLog",
+    "EgressUnavailable",
     "Event",
     "ExecResult",
     "Exploration",
@@ -194,6 +204,7 @@ __all__ = [
     "SandboxInfo",
     "SandboxNotFound",
     "SandboxUsage",
+    "Secret",
     "TemplateFailed",
     "TooLarge",
     "ToolCallEvent",

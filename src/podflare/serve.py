@@ -15,6 +15,7 @@ import socket
 import stat
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,11 +92,14 @@ def probe_engines() -> list[EngineReport]:
 
 
 async def _probe() -> list[EngineReport]:
+    from podflare.egress.keeper import what_is_missing  # here: the daemon itself needs it for its first network only
+
     reports = []
     for name in ENGINES:
         make, _ = _engine(name)
         with anyio.fail_after(PROBE_TIMEOUT_S):
-            reports.append(await make(EngineOptions(data_dir="/nonexistent", instance="probe")).probe())
+            found = await make(EngineOptions(data_dir="/nonexistent", instance="probe")).probe()
+        reports.append(replace(found, no_uplink=found.no_uplink or what_is_missing()))
     return reports
 
 

@@ -46,7 +46,7 @@ def compat_daemon(private_temp: Path) -> Iterator[ServedDaemon]:
     """A daemon without keys whose heartbeats are quick, so that silence is tested in seconds."""
     folder = Path(tempfile.mkdtemp(prefix="r", dir=private_temp))
     folder.chmod(0o711)
-    with served(folder, env={"PODFLARE_HEARTBEAT_SECONDS": "1"}) as daemon:
+    with served(folder, env={"PODFLARE_HEARTBEAT_SECONDS": "1"}, gate=True) as daemon:
         yield daemon
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
-from podflare.cli import doctor, gateway, image, listing, repl, run, serve, showcase, template, tree
+from podflare.cli import doctor, egress, gateway, image, listing, repl, run, serve, showcase, template, tree
 from podflare.cli.terminal import complain, is_rich
 from podflare.errors import PodflareError
 
@@ -35,6 +35,7 @@ def make_app() -> typer.Typer:
     app.command("repl")(repl.repl)
     app.command("ls")(listing.ls)
     app.command("tree")(tree.tree)
+    app.command("egress")(egress.egress)
     app.command("doctor")(doctor.doctor)
     app.add_typer(template.make_group(), name="template")
     app.add_typer(image.make_group(), name="image")

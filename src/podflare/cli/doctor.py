@@ -75,7 +75,12 @@ def _verdict(report: EngineReport) -> tuple[str, str]:
 
 
 def _show_walls(out: Console, report: EngineReport) -> None:
-    rows = [(status.wall, "yes" if status.available else "NO", one_line(status.detail)) for status in report.walls]
+    rows: list[tuple[str, str, str]] = [
+        (status.wall, "yes" if status.available else "NO", one_line(status.detail)) for status in report.walls
+    ]
+    if report.usable:
+        # No wall, but what can be asked for only where it is there.
+        rows.append(("egress", "NO" if report.no_uplink else "yes", one_line(report.no_uplink)))
     if not is_rich(sys.stdout):
         for wall, mark, detail in rows:
             out.print(f"  {wall:<20} {mark:<4} {detail}".rstrip())

@@ -10,6 +10,7 @@ import typer
 
 from podflare.cli.cells import run_cell
 from podflare.cli.daemon import HOST, TEMPLATE
+from podflare.cli.egress import ALLOW, EGRESS, wanted
 
 _BASH_SUFFIXES = (".sh", ".bash")
 _LANGUAGES: dict[str, Literal["python", "bash"]] = {"python": "python", "bash": "bash"}
@@ -23,6 +24,8 @@ def run(
         None, min=0.001, help="Seconds after which the program is ended (exit code 124)."
     ),
     template: str | None = TEMPLATE,
+    everything: bool = EGRESS,
+    allow: list[str] = ALLOW,
     host: str | None = HOST,
 ) -> None:
     """Run a program in a new sandbox, stream its output, exit with its exit code.
@@ -32,11 +35,12 @@ def run(
     """
     if (code is None) == (not file):
         raise typer.BadParameter("give either FILE or -c CODE")
+    reach = wanted(everything, allow)
     spoken = _language(language, file)
     source = _read(file) if code is None else code
     from podflare import Sandbox
 
-    with Sandbox(host=host, template=template) as sandbox:
+    with Sandbox(host=host, template=template, egress=reach) as sandbox:
         exit_code = run_cell(sandbox, source, language=spoken, timeout_s=timeout)
     raise typer.Exit(exit_code if 0 <= exit_code <= 255 else exit_code & 0xFF or 1)
 

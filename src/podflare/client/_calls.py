@@ -26,6 +26,7 @@ from podflare.errors import BadRequest, ProtocolError
 from podflare.wire import events
 from podflare.wire.api import MAX_FORKS, ForkReport, SandboxInfo, SandboxUsage
 from podflare.wire.codec import encode_object
+from podflare.wire.egress import Reach
 from podflare.wire.tools import Tools
 
 MAX_LINE_BYTES = 256 * 1024 * 1024
@@ -322,7 +323,7 @@ def parse_info(value: Mapping[str, Any]) -> SandboxInfo:
         template=str(value.get("template", "")),
         engine=str(value.get("engine", "")),
         isolation=parse_texts(value.get("isolation")),
-        egress=value.get("egress") is True,
+        egress=parse_reach(value.get("egress", False)),
         ram_mib=whole("ram_mib"),
         rootfs_gb=whole("rootfs_gb"),
         timeout_seconds=optional("timeout_seconds"),
@@ -335,6 +336,7 @@ def parse_info(value: Mapping[str, Any]) -> SandboxInfo:
         generation=whole("generation"),
         children=parse_texts(value.get("children")),
         fork_report=_fork_report(value.get("fork_report")),
+        secrets=parse_hosts(value.get("secrets")),
         usage=_usage(value.get("usage")),
         expires_at_ms=optional("expires_at_ms"),
         seconds_left=seconds("seconds_left"),
@@ -359,6 +361,14 @@ def _fork_report(value: Any) -> ForkReport | None:
 
 def parse_texts(value: Any) -> tuple[str, ...]:
     return tuple(str(item) for item in value) if isinstance(value, list) else ()
+
+
+def parse_reach(value: Any) -> Reach:
+    return value if isinstance(value, bool) else parse_texts(value)
+
+
+def parse_hosts(value: Any) -> dict[str, tuple[str, ...]]:
+    return {name: parse_texts(hosts) for name, hosts in value.items()} if isinstance(value, dict) else {}
 
 
 def parse_list(call: Call, body: bytes) -> tuple[SandboxInfo, ...]:

@@ -98,6 +98,13 @@ class _Machine:
             os.close(self.fds.pop())
 
 
+def what_is_missing() -> str:
+    """Which packages a gate lacks here, and what to do; empty if none."""
+    if all(importlib.util.find_spec(name) is not None for name in ("dns", "cryptography", "h11")):
+        return ""
+    return "egress needs packages that are not installed: pip install 'podflare[egress]'"
+
+
 class GateKeeper:
     """One per daemon.  `aclose` ends the gate; attached descriptors are copies and closed with it."""
 
@@ -124,9 +131,8 @@ class GateKeeper:
 
         Raises: BadRequest for a bad secret or a key in use; NotBuilt if the packages of the extra `egress` are missing.
         """
-        missing = [name for name in ("dns", "cryptography", "h11") if importlib.util.find_spec(name) is None]
-        if missing:
-            raise NotBuilt("egress needs packages that are not installed: pip install 'podflare[egress]'")
+        if missing := what_is_missing():
+            raise NotBuilt(missing)
         check_secrets(secrets)
         if key in self._machines:
             raise BadRequest(f"the network {key} exists already")

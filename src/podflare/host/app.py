@@ -103,6 +103,7 @@ class App:
             ("POST", f"{one}/interrupt", self._interrupt),
             ("POST", f"{one}/cells/{{cell}}/tool_results", self._answer_tool_call),
             ("GET", f"{one}/replay", self._replay),
+            ("GET", f"{one}/egress", self._egress),
             ("PUT", f"{one}/files", self._upload),
             ("GET", f"{one}/files", self._download),
             ("GET", f"{one}/cells/{{cell}}/output", self._output),
@@ -311,6 +312,12 @@ class App:
         for start in range(0, len(lines), 100):
             await answer.piece(b"".join(lines[start : start + 100]))
         await answer.piece(b"", last=True)
+
+    async def _egress(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sandbox = await self._sandbox(scope)
+        sandbox.touch()
+        log = await while_connected(receive, sandbox.egress_log())
+        await http.send_json(send, 200, log.to_json())
 
     async def _output(self, scope: Scope, receive: Receive, send: Send) -> None:
         sandbox = await self._sandbox(scope)

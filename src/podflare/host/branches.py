@@ -10,8 +10,10 @@ from dataclasses import replace
 import anyio
 
 from podflare.engines.base import Machine
-from podflare.errors import BadRequest, Conflict, MachineFailed
+from podflare.errors import BadRequest, Conflict, MachineFailed, PodflareError
 from podflare.host import telemetry
+from podflare.host.body import Body
+from podflare.host.egress import Outlet
 from podflare.host.guest_link import GuestLink
 from podflare.host.lineage import Lineage, Terms, read_report
 from podflare.host.merging import Deadline, merge_changes
@@ -20,6 +22,7 @@ from podflare.host.sandbox import Sandbox
 from podflare.host.turns import exclusive
 from podflare.host.verdicts import differences
 from podflare.wire.api import Diff, DiffRequest, ForkRequest
+from podflare.wire.egress import EgressLog
 from podflare.wire.merges import MergeReport, MergeRequest
 
 READY_TIMEOUT_S = 10.0
@@ -29,6 +32,7 @@ RELEASE_WAIT_S = 8.0
 """A merge answers at the latest so long after it was done; the release of the old state goes on behind it."""
 DIFF_TIMEOUT_S = 25.0
 LEAST_S = 0.001
+LOG_WAIT_S = 2.0
 
 
 class Branches:
@@ -39,7 +43,7 @@ class Branches:
         registry: Registry,
         *,
         starting: Callable[[str, int], AbstractContextManager[None]],
-        add: Callable[[str, Terms, Lineage, Machine, GuestLink], Sandbox],
+        add: Callable[[str, Terms, Lineage, Body], Sandbox],
     ) -> None:
         """`starting(owner, n)` is room for n new sandboxes within its block; `add` gives a machine an id."""
         self._registry = registry
@@ -64,17 +68,16 @@ class Branches:
                 except MachineFailed:
                     parent.touch()  # if it is ending, that is the cause
                     raise
-                links = await _open_links(machines)
+                bodies = await _embody(machines, parent.outlet)
                 heritage = parent.heritage()
                 children = [
                     self._add(
                         owner,
                         parent.terms,
-                        replace(heritage, fork_report=read_report(machine.fork_report)),
-                        machine,
-                        link,
+                        replace(heritage, fork_report=read_report(body.machine.fork_report)),
+                        body,
                     )
-                    for machine, link in zip(machines, links, strict=True)
+                    for body in bodies
                 ]
         telemetry.event(
             "fork complete",
@@ -96,8 +99,11 @@ class Branches:
         async with exclusive(parent, winner, wait_s=MERGE_WAIT_S, what="not merged"):
             parent.check_alive()
             winner.check_alive()
+            seen = await _log_so_far(parent)
+            parent.check_alive()
+            winner.check_alive()
             self._registry.succeed(winner, parent)
-            released = parent.become(winner)
+            released = parent.become(winner, seen)
         telemetry.event("merged", sandbox=parent.id, winner=winner.id, machine=parent.machine.id)
         with anyio.move_on_after(RELEASE_WAIT_S):
             await released.wait()
@@ -173,20 +179,33 @@ class Branches:
                 raise Conflict(f"another sandbox was merged into {sandbox.id} while it was compared; ask again")
 
 
-async def _open_links(machines: tuple[Machine, ...]) -> list[GuestLink]:
-    """A link to each.  Failed or cancelled: all machines are closed."""
-    links: list[GuestLink] = []
+async def _embody(machines: tuple[Machine, ...], parent: Outlet | None) -> list[Body]:
+    """A link to each machine, and the way out that their parent has.  Failed or cancelled: all of them are closed."""
+    bodies: list[Body] = []
     try:
         for machine in machines:
-            links.append(await GuestLink.open(machine, timeout_s=READY_TIMEOUT_S))
+            bodies.append(Body(machine, await GuestLink.open(machine, timeout_s=READY_TIMEOUT_S)))
+        if parent is not None:
+            for number, body in enumerate(bodies):
+                bodies[number] = body._replace(outlet=await parent.branch(body.machine))
     except BaseException:
-        for link in links:
-            link.close()
         with anyio.CancelScope(shield=True):
+            for body in bodies:
+                await body.aclose()
             for machine in machines:
                 await machine.aclose()
         raise
-    return links
+    return bodies
+
+
+async def _log_so_far(sandbox: Sandbox) -> EgressLog | None:
+    """What was tried from its machine, which is about to go; None if nobody can tell in time."""
+    try:
+        with anyio.move_on_after(LOG_WAIT_S):
+            return await sandbox.egress_log()
+    except PodflareError as exc:
+        telemetry.problem("what was tried to reach is lost", sandbox=sandbox.id, error=exc)
+    return None
 
 
 def _ms(seconds: float) -> float:

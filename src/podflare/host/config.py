@@ -13,10 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+from podflare.egress.addresses import Network
+from podflare.egress.policy import Policy, parse_private
 from podflare.engines.base import Wall
 from podflare.errors import BadRequest
 from podflare.host.auth import digest, owner_of
 from podflare.host.tiers import DEFAULT, PUBLISHED, Tier, read_keys, read_tiers
+from podflare.wire.egress import Reach
 
 MIB = 1024 * 1024
 
@@ -64,6 +67,16 @@ class Config:
     region: str | None = None
     public_url: str | None = None
     """Told to clients as `endpoint`; the original's client then moves there, so only an operator sets it."""
+
+    # The network of sandboxes.
+    egress: Reach = False
+    """What a sandbox may reach whose creator does not say: nothing, for code of a language model runs in it."""
+    egress_private: tuple[Network, ...] = ()
+    """Networks that are not public and that creators may name all the same."""
+    egress_ca: Path | None = None
+    """Certificates, besides the system's, that hosts of secrets may be signed by."""
+    egress_resolvers: tuple[str, ...] = ()
+    """Name servers; none: those of the computer."""
 
     # Lifetimes.  None: no limit unless the caller asks for one.
     lifetime_s: int | None = 86400
@@ -153,6 +166,7 @@ class Config:
             name = f"PODFLARE_{setting.upper()}"
             if environ.get(name):
                 found[setting] = _whole(environ, name, 0)
+        found.update(_egress(environ))
         found["require"] = _walls(environ.get("PODFLARE_REQUIRE", ""))
         found.update(given)
         return cls(**found)
@@ -269,6 +283,25 @@ def _walls(text: str) -> tuple[Wall, ...]:
     return tuple(name for name in known if name in names)
 
 
+def _egress(environ: Mapping[str, str]) -> dict[str, Any]:
+    """The embedded daemon has these, too: the network is that of whoever starts it."""
+    private = parse_private(environ.get("PODFLARE_EGRESS_PRIVATE", ""))
+    text = environ.get("PODFLARE_EGRESS", "").strip()
+    names = tuple(filter(None, (name.strip() for name in text.split(","))))
+    reach: Reach = names
+    if text.lower() in _FLAGS:
+        reach = _FLAGS[text.lower()]
+    else:
+        Policy.parse(names, private=private)
+    resolvers = (server.strip() for server in environ.get("PODFLARE_EGRESS_RESOLVERS", "").split(","))
+    return {
+        "egress": reach,
+        "egress_private": private,
+        "egress_ca": Path(environ["PODFLARE_EGRESS_CA"]) if environ.get("PODFLARE_EGRESS_CA") else None,
+        "egress_resolvers": tuple(filter(None, resolvers)),
+    }
+
+
 def _pool_templates(text: str) -> tuple[tuple[str, int], ...]:
     found = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
@@ -279,13 +312,17 @@ def _pool_templates(text: str) -> tuple[tuple[str, int], ...]:
     return tuple(found.items())
 
 
+_FLAGS = {
+    **dict.fromkeys(("1", "true", "yes", "on"), True),
+    **dict.fromkeys(("", "0", "false", "no", "off"), False),
+}
+
+
 def _flag(environ: Mapping[str, str], name: str) -> bool:
     value = environ.get(name, "").strip().lower()
-    if value in ("1", "true", "yes", "on"):
-        return True
-    if value in ("", "0", "false", "no", "off"):
-        return False
-    raise BadRequest(f"{name} must be 1 or 0, got {value!r}")
+    if value not in _FLAGS:
+        raise BadRequest(f"{name} must be 1 or 0, got {value!r}")
+    return _FLAGS[value]
 
 
 def _one_of(environ: Mapping[str, str], name: str, values: tuple[str, ...]) -> str:

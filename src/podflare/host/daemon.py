@@ -18,7 +18,7 @@ from typing import Any
 import anyio
 from anyio.abc import TaskGroup
 
-from podflare.engines.base import Engine, Limits, Machine, MachineSpec
+from podflare.engines.base import Engine, Limits, MachineSpec
 from podflare.errors import (
     Conflict,
     MachineFailed,
@@ -30,9 +30,10 @@ from podflare.errors import (
     UnknownTemplate,
 )
 from podflare.host import telemetry
+from podflare.host.body import Body
 from podflare.host.branches import Branches
 from podflare.host.config import Config
-from podflare.host.guest_link import GuestLink
+from podflare.host.egress import Grant, Outlet, Outlets
 from podflare.host.headroom import MIB, Headroom
 from podflare.host.kept import Room
 from podflare.host.lineage import Lineage, Terms
@@ -92,6 +93,7 @@ class Daemon:
         """By owner: sandboxes that are being made."""
         self._none_starting = anyio.Event()
         self._closing = False
+        self._outlets = Outlets(config)
         self._measuring = anyio.Semaphore(MEASURING)
         self.pool = Pool(
             engine,
@@ -172,15 +174,15 @@ class Daemon:
     async def _create(self, request: CreateRequest, owner: str) -> Sandbox:
         start = time.monotonic()
         self._admit(request)
+        reach = self._outlets.grant(request)
         with self._start(owner, 1):
             granted, notes = self._grant(request, owner)
-            warm = await self._machine(granted)
+            warm, outlet = await self._machine(granted, reach)
+            body = Body(warm.machine, warm.link, outlet)
             if self._closing:
-                with anyio.CancelScope(shield=True):
-                    warm.link.close()
-                    await warm.machine.aclose()
+                await body.aclose()
                 raise NoCapacity(SHUT_DOWN)
-            sandbox = self._adopt(granted, owner, warm, (*notes, *_warnings(request, warm)))
+            sandbox = self._adopt(granted, owner, body, (*notes, *_warnings(request, warm)))
         telemetry.event(
             "sandbox claimed",
             sandbox=sandbox.id,
@@ -240,9 +242,25 @@ class Daemon:
         )
         return config.tier_of(owner).grant(request, resolved)
 
-    async def _machine(self, request: CreateRequest) -> Warm:
+    async def _machine(self, request: CreateRequest, reach: Grant | None) -> tuple[Warm, Outlet | None]:
         template = self.engine.describe(request.template)
         spec = MachineSpec(request.template, _limits(template, request.ram_mib, request.rootfs_gb))
+        if reach is None:
+            return await self._take(spec), None
+        outlet = await self._outlets.open(reach)
+        try:
+            warm = await self._take(replace(spec, uplink=outlet.uplink))
+        except BaseException:
+            await outlet.aclose()
+            raise
+        try:
+            await outlet.attach(warm.machine)
+        except BaseException:
+            await Body(warm.machine, warm.link, outlet).aclose()
+            raise
+        return warm, outlet
+
+    async def _take(self, spec: MachineSpec) -> Warm:
         try:
             return await self._pools.get(spec.template, self.pool).take(spec)
         except OSError as exc:
@@ -250,8 +268,8 @@ class Daemon:
                 raise
             raise MachineFailed(f"could not start a machine: {exc}") from exc
 
-    def _adopt(self, granted: CreateRequest, owner: str, warm: Warm, warnings: tuple[str, ...]) -> Sandbox:
-        limits = warm.machine.spec.limits
+    def _adopt(self, granted: CreateRequest, owner: str, body: Body, warnings: tuple[str, ...]) -> Sandbox:
+        limits = body.machine.spec.limits
         terms = Terms(
             template=granted.template,
             ram_mib=limits.memory_bytes >> 20,
@@ -261,17 +279,16 @@ class Daemon:
             metadata=dict(granted.metadata),
             warnings=warnings,
         )
-        return self._add(owner, terms, Lineage(), warm.machine, warm.link)
+        return self._add(owner, terms, Lineage(), body)
 
-    def _add(self, owner: str, terms: Terms, lineage: Lineage, machine: Machine, link: GuestLink) -> Sandbox:
+    def _add(self, owner: str, terms: Terms, lineage: Lineage, body: Body) -> Sandbox:
         """The machine becomes a sandbox with an id."""
         sandbox = Sandbox(
             new_sandbox_id(),
             owner,
             terms,
             lineage,
-            machine,
-            link,
+            body,
             config=self.config,
             engine=self.engine.name,
             directory=self._instance.outputs,
@@ -336,6 +353,7 @@ class Daemon:
             if self._starting:
                 await self._none_starting.wait()
         with anyio.move_on_after(self.config.shutdown_s, shield=True):
+            await self._outlets.aclose()
             await self.engine.aclose()
         await self._store.aclose()
 
@@ -378,8 +396,6 @@ def _limits(template: TemplateInfo, ram_mib: int | None = None, rootfs_gb: int |
 def _warnings(request: CreateRequest, warm: Warm) -> tuple[str, ...]:
     """What was asked for in so many words and is not given."""
     found = []
-    if request.egress:
-        found.append("egress is not built yet: this sandbox has no network")
     if request.ram_mib is not None and "memory_limit" not in warm.machine.walls:
         found.append(f"ram_mib={request.ram_mib} is not enforced: this machine has no memory limit (podflare doctor)")
     if request.rootfs_gb is not None and "disk_limit" not in warm.machine.walls:

@@ -13,6 +13,7 @@ from typing import Any
 
 from podflare.errors import NotBuilt
 from podflare.wire.api import CreateRequest, Diff, ExecRequest, ForkRequest, LifetimesRequest, SandboxInfo, TemplateInfo
+from podflare.wire.egress import EgressLog
 from podflare.wire.merges import ON_CONFLICT, ConflictInfo, NotTransferable, Resolution
 
 MISSING = "the API page needs more packages: pip install 'podflare[docs-page]'"
@@ -117,6 +118,7 @@ def document() -> dict[str, Any]:
             ForkRequest,
             LifetimesRequest,
             Diff,
+            EgressLog,
             SandboxInfo,
             TemplateInfo,
             Resolution,
@@ -291,6 +293,9 @@ def _paths() -> dict[str, Any]:
         },
         **_cell_paths(raw),
         **_branch_paths(),
+        "/v1/sandboxes/{id}/egress": {
+            "get": _operation("What it tried to reach", gives=_content("application/json", _ref("EgressLog")))
+        },
         "/v1/sandboxes/{id}/files": {
             "put": _operation(
                 "Write a file", takes=raw, gives=_content("application/json", {}), query=[("path", True)]

@@ -89,7 +89,8 @@ class Pool:
         Raises: as Engine.describe and Engine.create.  On any of them no machine is left over.
         If cancelled: no machine is left over.
         """
-        while spec.template == self.spec.template and not self._closed:
+        # One with a way out is born with it.
+        while spec.template == self.spec.template and spec.uplink is None and not self._closed:
             warm = await self._next()
             if warm is None:
                 break

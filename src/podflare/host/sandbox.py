@@ -20,8 +20,10 @@ import anyio
 from podflare.engines.base import Machine, Usage
 from podflare.errors import CellNotFound, PodflareError, QuotaExceeded, SandboxNotFound
 from podflare.host import lifetimes, telemetry, transfers
+from podflare.host.body import Body
 from podflare.host.cells import STOP_INTERRUPTED, Cell, Ending, check_fits, judge
 from podflare.host.config import Config
+from podflare.host.egress import Outlet, join_logs
 from podflare.host.guest_link import GuestLink
 from podflare.host.kept import KeptOutput, Room, SharedRoom
 from podflare.host.lifecycle import State, Step, step
@@ -31,6 +33,7 @@ from podflare.host.pace import Pace
 from podflare.host.turns import Turn
 from podflare.wire import events
 from podflare.wire.api import ExecRequest, LifetimesRequest, SandboxInfo, SandboxUsage, ToolAnswer
+from podflare.wire.egress import EgressLog
 from podflare.wire.messages import DIED, Exit
 
 QUIET_CELL_S = 0.1
@@ -50,8 +53,7 @@ class Sandbox:
         owner: str,
         terms: Terms,
         lineage: Lineage,
-        machine: Machine,
-        link: GuestLink,
+        body: Body,
         *,
         config: Config,
         engine: str,
@@ -72,8 +74,8 @@ class Sandbox:
         self.pace = Pace(config.output_rate_mib << 20)
         self.gone = asyncio.Event()
         self.cause = ""
-        self._machine = machine
-        self._link = link
+        self._machine, self._link, self._outlet = body
+        self._seen = EgressLog(False, {})  # in machines that are gone
         self._directory = directory
         self._room = SharedRoom(config.keep_sandbox_bytes, total_room, self._drop_oldest_kept)
         self._spawn = spawn
@@ -86,15 +88,12 @@ class Sandbox:
         self._current: Cell | Turn | None = None
         self._waiting: deque[Cell | Turn] = deque()
         self._kept: deque[Cell] = deque()
-        self._cells = 0
+        self._cells = self._transfers = self._oom_kills = 0
         self._names = lineage.cells
         """Cells that ran in the machine's memory; no two of them may share a name, by which tracebacks find lines."""
         self._notice = losses(lineage.fork_report)
-        self._transfers = 0
-        self._slowed = False
-        self._oom_kills = 0
-        self._out_of_memory = False
-        link.when_down = self._on_link_down
+        self._slowed = self._out_of_memory = False
+        body.link.when_down = self._on_link_down
         spawn(self._watch_machine)
         self._arm()
         self._arm_warning()
@@ -279,15 +278,27 @@ class Sandbox:
         if self._link.down:
             raise SandboxNotFound(f"sandbox not found: {self.id} is about to be gone: {self._link.down}")
 
-    def become(self, winner: Sandbox) -> asyncio.Event:
+    @property
+    def outlet(self) -> Outlet | None:
+        """Its machine's way out; `become` replaces it, too."""
+        return self._outlet
+
+    async def egress_log(self) -> EgressLog:
+        """What was tried to reach from it.  Raises: MachineFailed, DeadlineExceeded if the gate cannot tell."""
+        seen = self._seen
+        return seen if self._outlet is None else join_logs(seen, await self._outlet.log())
+
+    def become(self, winner: Sandbox, seen: EgressLog | None = None) -> asyncio.Event:
         """Take over the machine of `winner`, which is gone then; own machine and state are given up.
 
         Own id, clocks, labels, replay and kept outputs stay.  Without any await, so nobody sees a half of it.
         Precondition: a turn is held in both, and both are alive.
+        Args: seen: the own log, to go on with.
         Returns: set when nothing is left of the own former machine.
         """
-        former, former_link, released = self._machine, self._link, asyncio.Event()
-        self._machine, self._link = winner._surrender(f"merged into {self.id}")
+        former, released = self._body, asyncio.Event()
+        self._machine, self._link, self._outlet = winner._surrender(f"merged into {self.id}")
+        self._seen = join_logs(self._seen if seen is None else seen, winner._seen)
         self._link.when_down = self._on_link_down
         self.terms = replace(
             winner.terms,
@@ -297,7 +308,7 @@ class Sandbox:
         )
         self.lineage = replace(winner.lineage, parent_id=self.lineage.parent_id)
         self._names, self._notice, self._oom_kills = winner._names, winner._notice, winner._oom_kills
-        former_link.close(f"{winner.id} was merged into this sandbox")
+        former.link.close(f"{winner.id} was merged into this sandbox")
 
         async def release() -> None:
             try:
@@ -309,10 +320,14 @@ class Sandbox:
         self._spawn(self._watch_machine)
         return released
 
-    def _surrender(self, cause: str) -> tuple[Machine, GuestLink]:
+    @property
+    def _body(self) -> Body:
+        return Body(self._machine, self._link, self._outlet)
+
+    def _surrender(self, cause: str) -> Body:
         self._stop(cause)
         self._forget()
-        return self._machine, self._link
+        return self._body
 
     # Kept output.
 
@@ -480,7 +495,7 @@ class Sandbox:
                 # What a cancelled fork has made so far lies in the machine and must be gone before it.
                 with anyio.move_on_after(TURN_END_TIMEOUT_S):
                     await turn.over.wait()
-            await self._machine.aclose()
+            await self._body.aclose()
         finally:
             self._forget()
 
@@ -534,7 +549,7 @@ class Sandbox:
             template=self.terms.template,
             engine=self.engine,
             isolation=tuple(self._machine.walls),
-            egress=False,
+            egress=False if self._outlet is None else self._outlet.grant.reach,
             ram_mib=self.terms.ram_mib,
             rootfs_gb=self.terms.rootfs_gb,
             timeout_seconds=self.terms.timeout_seconds,
@@ -547,6 +562,7 @@ class Sandbox:
             generation=self.lineage.generation,
             children=children,
             fork_report=self.lineage.fork_report,
+            secrets={} if self._outlet is None else self._outlet.grant.hosts,
             usage=usage,
             expires_at_ms=None if left.life_s is None else time.time_ns() // 1_000_000 + round(left.life_s * 1000),
             seconds_left=None if left.life_s is None else round(left.life_s, 3),

@@ -9,6 +9,7 @@ from typing import Any, Dict, Iterable, Mapping, Optional, Tuple
 
 from podflare.errors import BadRequest
 from podflare.wire.codec import Fields
+from podflare.wire.egress import Reach, SecretGrant, read_reach, read_secrets
 from podflare.wire.messages import LANGUAGES, MAX_CODE_CHARS, MAX_PATH_CHARS
 from podflare.wire.tools import (
     DEFAULT_TIMEOUT_S,
@@ -46,7 +47,9 @@ class CreateRequest:
     """None means the template's."""
     rootfs_gb: Optional[int] = None
     persistent: bool = False
-    egress: Optional[bool] = None
+    egress: Optional[Reach] = None
+    secrets: Mapping[str, SecretGrant] = field(default_factory=dict)
+    """By the name of the environment variable that holds a placeholder."""
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -60,7 +63,8 @@ class CreateRequest:
             ram_mib=read.optional_integer("ram_mib", low=64, high=1024 * 1024),
             rootfs_gb=read.optional_integer("rootfs_gb", low=1, high=4096),
             persistent=read.flag("persistent", default=False),
-            egress=None if body.get("egress") is None else read.flag("egress", default=False),
+            egress=read_reach(body.get("egress")),
+            secrets=read_secrets(body.get("secrets")),
             metadata=read.text_map("metadata", max_items=MAX_METADATA_ITEMS, max_chars=1024),
         )
 
@@ -353,7 +357,8 @@ class SandboxInfo:
     engine: str
     isolation: Tuple[str, ...]
     """The walls in force, names from engines.base.Wall."""
-    egress: bool
+    egress: Reach
+    """What it may reach, hosts of secrets apart."""
     ram_mib: int
     rootfs_gb: int
     timeout_seconds: Optional[int]
@@ -371,6 +376,8 @@ class SandboxInfo:
     """Ids of its forks that live."""
     fork_report: Optional[ForkReport] = None
     """Of a fork: what could not cross."""
+    secrets: Mapping[str, Tuple[str, ...]] = field(default_factory=dict)
+    """Variable -> the hosts whose requests get the value."""
     usage: Optional[SandboxUsage] = None
     """Only if it was asked for, and could be measured in time."""
     expires_at_ms: Optional[int] = None

@@ -22,8 +22,8 @@ MAX_SECRET_HOSTS = 32
 MAX_SECRET_CHARS = 8192
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}\Z")
 
-ALLOWED, REFUSED = "allowed", "refused"
-"""Verdicts."""
+ALLOWED, REFUSED, FAILED = "allowed", "refused", "failed"
+"""Verdicts; what failed was allowed, and the other side could not be reached."""
 
 
 @dataclass(frozen=True)
@@ -78,16 +78,16 @@ class EgressEntry:
     time_ms: int
     """When it began, since 1970."""
     protocol: str
-    """tcp, http, https, dns, udp or icmp."""
+    """tcp, connect or http (the proxy), tls (a host of secrets), dns, udp, icmp, other, gate."""
     host: str
     """The name, where one is known; else empty.  Printable ASCII."""
     address: str
     """Empty where none was dialled."""
     port: int
     verdict: str
-    """ALLOWED or REFUSED."""
+    """ALLOWED, REFUSED or FAILED."""
     reason: str = ""
-    """Why it was refused, or failed."""
+    """Why not, in plain words."""
     bytes_in: int = 0
     """From there into the sandbox, so far."""
     bytes_out: int = 0

@@ -18,7 +18,7 @@ def cli(private_temp: Path) -> Iterator[Cli]:
     """The command line with a daemon as its default."""
     folder = Path(tempfile.mkdtemp(prefix="c", dir=private_temp))
     folder.chmod(0o711)
-    with served(folder) as daemon:
+    with served(folder, gate=True) as daemon:
         yield Cli(daemon.url)
 
 

@@ -17,7 +17,7 @@ def sdk_daemon(private_temp: Path) -> Iterator[ServedDaemon]:
     """A daemon on loopback for this folder's tests."""
     folder = Path(tempfile.mkdtemp(prefix="s", dir=private_temp))
     folder.chmod(0o711)
-    with served(folder) as daemon:
+    with served(folder, gate=True) as daemon:
         yield daemon
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import anyio
 from anyio.abc import TaskGroup
 
-from podflare.engines.base import Death, EngineReport, Limits, MachineSpec, Usage, Wall
-from podflare.errors import UnknownTemplate
+from podflare.engines.base import Death, EngineReport, Limits, MachineSpec, UplinkEnds, Usage, Wall
+from podflare.errors import EgressUnavailable, UnknownTemplate
 from podflare.wire import frames
 from podflare.wire.api import TemplateInfo
 from podflare.wire.messages import Exec, Exit, Message, Ready, from_host, to_payload
@@ -88,6 +88,7 @@ class ScriptedMachine:
         self.current_usage = Usage()
         self.closed = False
         self.limits: list[Limits] = []
+        self.uplink: UplinkEnds | None = None
         self.scope = anyio.CancelScope()
         self._death: Death | None = None
         self._dead = anyio.Event()
@@ -151,6 +152,8 @@ class ScriptedEngine:
         await self.may_create.wait()
         if self.refuse is not None:
             raise self.refuse
+        if spec.uplink is not None:
+            raise EgressUnavailable("a scripted machine has no network")
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         machine = ScriptedMachine(spec, ours, self)

@@ -263,6 +263,18 @@ async def test_garbage_exec_body_is_400(scripted, body):
         ({"timeout_seconds": -1}, 400, "bad_request"),
         ({"metadata": {"a": 1}}, 400, "bad_request"),
         ({"egress": "yes"}, 400, "bad_request"),
+        ({"egress": ["a.example", 3]}, 400, "bad_request"),
+        ({"egress": ["no name"]}, 400, "bad_request"),
+        ({"egress": ["10.0.0.1"]}, 400, "bad_request"),
+        ({"egress": ["169.254.169.254"]}, 400, "bad_request"),
+        ({"egress": False, "secrets": {"A": {"value": "v", "hosts": ["a.example"]}}}, 400, "bad_request"),
+        ({"secrets": {"A": {"value": "hush", "hosts": []}}}, 400, "bad_request"),
+        ({"secrets": {"A B": {"value": "hush", "hosts": ["a.example"]}}}, 400, "bad_request"),
+        ({"secrets": {"https_proxy": {"value": "hush", "hosts": ["a.example"]}}}, 400, "bad_request"),
+        ({"secrets": {"A": {"value": "hu\nsh", "hosts": ["a.example"]}}}, 400, "bad_request"),
+        ({"secrets": {"A": {"value": "hush", "hosts": ["10.0.0.1"]}}}, 400, "bad_request"),
+        ({"secrets": {"A": "hush"}}, 400, "bad_request"),
+        ({"egress": True}, 503, "egress_unavailable"),
         ({"persistent": True}, 501, "not_built"),
     ],
 )
@@ -271,15 +283,15 @@ async def test_wrong_create_body(scripted, body, status, code):
     async with scripted(echo) as h:
         answer = await h.client.post("/v1/sandboxes", json=body)
         assert (answer.status_code, answer.json()["code"]) == (status, code)
+        assert "hush" not in answer.text, "a secret is never shown"
         assert (await h.client.get("/v1/sandboxes")).json() == {"sandboxes": []}
         assert h.engine.machines == []
 
 
 async def test_what_is_asked_and_not_given_is_told(scripted):
-    """Network and limits that are not in force are warnings in plain words; unasked ones are not."""
+    """Limits that are not in force are warnings in plain words; unasked ones are not."""
     async with scripted(echo) as h:
-        body = (await h.client.post("/v1/sandboxes", json={"egress": True, "ram_mib": 2048})).json()
-        assert any("network" in warning for warning in body["warnings"])
+        body = (await h.client.post("/v1/sandboxes", json={"ram_mib": 2048})).json()
         assert any("ram_mib=2048" in warning for warning in body["warnings"])
         assert (await h.client.post("/v1/sandboxes", json={"egress": False})).json()["warnings"] == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -27,6 +28,13 @@ def test_every_wall_is_one_line_with_its_verdict(capsys: pytest.CaptureFixture[s
         for line in lines
     )
     assert "1 of 2 walls missing" in "\n".join(lines)
+
+
+def test_a_computer_without_tunnels_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whether sandboxes can have a network is a line of its own, with what to do if not."""
+    show([REPORT, replace(REPORT, no_uplink="modprobe tun")])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["egress", "yes"] in lines and ["egress", "NO", "modprobe", "tun"] in lines
 
 
 def test_an_unusable_engine_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:

@@ -181,9 +181,9 @@ def test_interrupted_create_leaves_no_sandbox(daemon: ScriptedDaemon, client: Cl
 
 def test_warnings_of_the_daemon_reach_the_users_line(daemon: ScriptedDaemon, client: Client) -> None:
     """What was asked for and is not given is a PodflareWarning that points at this file."""
-    answer = {"id": SANDBOX_ID, "warnings": ["egress is not built yet: this sandbox has no network"]}
+    answer = {"id": SANDBOX_ID, "warnings": ["ram_mib is not enforced"]}
     daemon.answer("POST", "/v1/sandboxes", 200, json=answer)
-    with pytest.warns(PodflareWarning, match="no network") as caught:
+    with pytest.warns(PodflareWarning, match="not enforced") as caught:
         Sandbox(client=client)
     assert caught[0].filename == __file__
 

@@ -34,6 +34,26 @@ def test_variables_are_read():
     assert (config.data_dir, config.idle_s, config.heartbeat_s) == (Path("/data"), 60, 0.5)
 
 
+def test_the_network_of_sandboxes():
+    """Nothing is reachable unless the operator says so; the private daemon has the same variables."""
+    assert Config.from_environment({}).egress is False
+    variables = {
+        "PODFLARE_EGRESS": "api.example.com, *.example.org, 10.1.2.3",
+        "PODFLARE_EGRESS_PRIVATE": "10.0.0.0/8",
+        "PODFLARE_EGRESS_CA": "/ca.pem",
+        "PODFLARE_EGRESS_RESOLVERS": "192.0.2.1, 192.0.2.2:5353",
+    }
+    for embedded in (False, True):
+        config = Config.from_environment(variables, embedded=embedded, uds="/s")
+        assert config.egress == ("api.example.com", "*.example.org", "10.1.2.3")
+        assert [str(network) for network in config.egress_private] == ["10.0.0.0/8"]
+        assert (config.egress_ca, config.egress_resolvers) == (Path("/ca.pem"), ("192.0.2.1", "192.0.2.2:5353"))
+    assert Config.from_environment({"PODFLARE_EGRESS": "1"}).egress is True
+    for wrong in ({"PODFLARE_EGRESS": "10.1.2.3"}, {"PODFLARE_EGRESS_PRIVATE": "x"}):
+        with pytest.raises(BadRequest):
+            Config.from_environment(wrong)
+
+
 def test_given_beats_variables_and_none_is_not_given():
     """Options win over the environment; an option left out does not."""
     environ = {"PODFLARE_HOSTD_ADDR": "127.0.0.1:1", "PODFLARE_POOL_SIZE": "3"}

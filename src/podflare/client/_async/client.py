@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
 import threading
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from secrets import token_hex
 from typing import Any
 
-from podflare.client import _calls, _config, _embedded, _merging, _tools
+from podflare.client import _calls, _config, _egress, _embedded, _merging, _tools
 from podflare.client._async.connection import AsyncConnection
 from podflare.client._async.pty import AsyncPtyCalls
 from podflare.client._concurrency import beside_async, in_thread_async, outcome_async, shield_async
+from podflare.client._egress import Egress, Secret
 from podflare.client._files import Content, LocalPath, Target, open_source
 from podflare.client._merging import AsyncRule, OnConflict
 from podflare.client._notices import warn_of_end
@@ -29,6 +30,7 @@ from podflare.errors import (
     TooLarge,
 )
 from podflare.wire.api import SandboxInfo
+from podflare.wire.egress import EgressLog
 from podflare.wire.merges import MergeReport
 
 _UNDO_TIMEOUT_S = 5.0
@@ -173,8 +175,9 @@ class AsyncClient(AsyncPtyCalls):
         ram_mib: int | None = None,
         rootfs_gb: int | None = None,
         persistent: bool | None = None,
-        egress: bool | None = None,
+        egress: Egress | None = None,
         metadata: Mapping[str, str] | None = None,
+        secrets: Mapping[str, Secret] | None = None,
     ) -> str:
         """The id of a new sandbox.  Arguments and errors as `create_sandbox_info`."""
         created = await self.create_sandbox_info(
@@ -186,6 +189,7 @@ class AsyncClient(AsyncPtyCalls):
             persistent=persistent,
             egress=egress,
             metadata=metadata,
+            secrets=secrets,
         )
         return str(created["id"])
 
@@ -198,12 +202,14 @@ class AsyncClient(AsyncPtyCalls):
         ram_mib: int | None = None,
         rootfs_gb: int | None = None,
         persistent: bool | None = None,
-        egress: bool | None = None,
+        egress: Egress | None = None,
         metadata: Mapping[str, str] | None = None,
+        secrets: Mapping[str, Secret] | None = None,
     ) -> dict[str, Any]:
         """The daemon's whole answer to a create: effective values, `warnings` for what is not given.
 
-        Raises: UnknownTemplate, BadRequest, NotBuilt, NoCapacity, QuotaExceeded, IsolationIncomplete, ...
+        Raises: UnknownTemplate, BadRequest, NotBuilt, EgressUnavailable, NoCapacity, QuotaExceeded,
+            IsolationIncomplete, ...
         If cancelled or interrupted: the sandbox that may have come to be is closed.
         """
         options = {
@@ -213,10 +219,11 @@ class AsyncClient(AsyncPtyCalls):
             "ram_mib": ram_mib,
             "rootfs_gb": rootfs_gb,
             "persistent": persistent,
-            "egress": egress,
+            "egress": _egress.reach(egress),
             "metadata": dict(metadata) if metadata is not None else None,
+            "secrets": _egress.secrets(secrets),
         }
-        call = _calls.create(options, secrets.token_hex(16))
+        call = _calls.create(options, token_hex(16))
         connection = await self.connection(renew=True)
         try:
             return await self._create(connection, call)
@@ -271,6 +278,11 @@ class AsyncClient(AsyncPtyCalls):
         """See `AsyncSandbox.extend`."""
         call = _calls.set_lifetimes(sandbox_id, timeout_seconds, idle_timeout_seconds)
         return _calls.parse_info(_calls.parse_object(call, await self._call(call)))
+
+    async def egress_log(self, sandbox_id: str) -> EgressLog:
+        """See `AsyncSandbox.egress_log`."""
+        call = _egress.log(sandbox_id)
+        return _egress.parse_log(call, await self._call(call))
 
     async def destroy_sandbox(self, sandbox_id: str) -> None:
         """Raises: SandboxNotFound if the id was never issued."""
@@ -466,14 +478,14 @@ class AsyncClient(AsyncPtyCalls):
         timeout_seconds: int | None = None,
         idle_timeout_seconds: int | None = None,
         persistent: bool | None = None,
-        egress: bool | None = None,
+        egress: Egress | None = None,
     ) -> dict[str, Any]:
         """Raises: NotBuilt if the daemon has no spaces yet."""
         options = {
             "timeout_seconds": timeout_seconds,
             "idle_timeout_seconds": idle_timeout_seconds,
             "persistent": persistent,
-            "egress": egress,
+            "egress": _egress.reach(egress),
         }
         call = _calls.resume(space_id, options)
         return _calls.parse_created(call, await self._call(call))

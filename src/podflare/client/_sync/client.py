@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
 import threading
 from collections.abc import Generator, Mapping, Sequence
+from secrets import token_hex
 from typing import Any
 
-from podflare.client import _calls, _config, _embedded, _merging, _tools
+from podflare.client import _calls, _config, _egress, _embedded, _merging, _tools
 from podflare.client._concurrency import beside_sync, in_thread_sync, outcome_sync, shield_sync
+from podflare.client._egress import Egress, Secret
 from podflare.client._files import Content, LocalPath, Target, open_source
 from podflare.client._merging import OnConflict, Rule
 from podflare.client._notices import warn_of_end
@@ -30,6 +31,7 @@ from podflare.errors import (
     TooLarge,
 )
 from podflare.wire.api import SandboxInfo
+from podflare.wire.egress import EgressLog
 from podflare.wire.merges import MergeReport
 
 _UNDO_TIMEOUT_S = 5.0
@@ -174,8 +176,9 @@ class Client(PtyCalls):
         ram_mib: int | None = None,
         rootfs_gb: int | None = None,
         persistent: bool | None = None,
-        egress: bool | None = None,
+        egress: Egress | None = None,
         metadata: Mapping[str, str] | None = None,
+        secrets: Mapping[str, Secret] | None = None,
     ) -> str:
         """The id of a new sandbox.  Arguments and errors as `create_sandbox_info`."""
         created = self.create_sandbox_info(
@@ -187,6 +190,7 @@ class Client(PtyCalls):
             persistent=persistent,
             egress=egress,
             metadata=metadata,
+            secrets=secrets,
         )
         return str(created["id"])
 
@@ -199,12 +203,14 @@ class Client(PtyCalls):
         ram_mib: int | None = None,
         rootfs_gb: int | None = None,
         persistent: bool | None = None,
-        egress: bool | None = None,
+        egress: Egress | None = None,
         metadata: Mapping[str, str] | None = None,
+        secrets: Mapping[str, Secret] | None = None,
     ) -> dict[str, Any]:
         """The daemon's whole answer to a create: effective values, `warnings` for what is not given.
 
-        Raises: UnknownTemplate, BadRequest, NotBuilt, NoCapacity, QuotaExceeded, IsolationIncomplete, ...
+        Raises: UnknownTemplate, BadRequest, NotBuilt, EgressUnavailable, NoCapacity, QuotaExceeded,
+            IsolationIncomplete, ...
         If interrupted (Ctrl-C): the sandbox that may have come to be is closed.
         """
         options = {
@@ -214,10 +220,11 @@ class Client(PtyCalls):
             "ram_mib": ram_mib,
             "rootfs_gb": rootfs_gb,
             "persistent": persistent,
-            "egress": egress,
+            "egress": _egress.reach(egress),
             "metadata": dict(metadata) if metadata is not None else None,
+            "secrets": _egress.secrets(secrets),
         }
-        call = _calls.create(options, secrets.token_hex(16))
+        call = _calls.create(options, token_hex(16))
         connection = self.connection(renew=True)
         try:
             return self._create(connection, call)
@@ -272,6 +279,11 @@ class Client(PtyCalls):
         """See `Sandbox.extend`."""
         call = _calls.set_lifetimes(sandbox_id, timeout_seconds, idle_timeout_seconds)
         return _calls.parse_info(_calls.parse_object(call, self._call(call)))
+
+    def egress_log(self, sandbox_id: str) -> EgressLog:
+        """See `Sandbox.egress_log`."""
+        call = _egress.log(sandbox_id)
+        return _egress.parse_log(call, self._call(call))
 
     def destroy_sandbox(self, sandbox_id: str) -> None:
         """Raises: SandboxNotFound if the id was never issued."""
@@ -465,14 +477,14 @@ class Client(PtyCalls):
         timeout_seconds: int | None = None,
         idle_timeout_seconds: int | None = None,
         persistent: bool | None = None,
-        egress: bool | None = None,
+        egress: Egress | None = None,
     ) -> dict[str, Any]:
         """Raises: NotBuilt if the daemon has no spaces yet."""
         options = {
             "timeout_seconds": timeout_seconds,
             "idle_timeout_seconds": idle_timeout_seconds,
             "persistent": persistent,
-            "egress": egress,
+            "egress": _egress.reach(egress),
         }
         call = _calls.resume(space_id, options)
         return _calls.parse_created(call, self._call(call))

@@ -17,12 +17,14 @@ from podflare.errors import Conflict, PodflareError, SandboxNotFound
 
 if TYPE_CHECKING:
     from podflare.client._config import Address
+    from podflare.client._egress import Egress, Secret
     from podflare.client._files import Content, LocalPath
     from podflare.client._merging import OnConflict, Rule
     from podflare.client._sync.client import Client
     from podflare.client._tools import ToolFunctions, ToolNames
     from podflare.client._types import Diff
     from podflare.wire.api import SandboxInfo
+    from podflare.wire.egress import EgressLog
     from podflare.wire.merges import MergeReport
 
     # Named here because `list` is a method inside the class.
@@ -54,8 +56,9 @@ class Sandbox:
         ram_mib: int | None = None,
         rootfs_gb: int | None = None,
         persistent: bool | None = None,
-        egress: bool | None = None,
+        egress: Egress | None = None,
         metadata: Mapping[str, str] | None = None,
+        secrets: Mapping[str, Secret] | None = None,
     ) -> None:
         """Make a sandbox, ready for use.
 
@@ -71,8 +74,10 @@ class Sandbox:
             ram_mib: memory limit.
             rootfs_gb: limit of what it may write.
             persistent: keep it as a space when it is idle (not built yet).
-            egress: outbound network; what is not given is told by a PodflareWarning.
+            egress: outbound network: True for every public address, a list of names for those alone, False for
+                none; None means the daemon's default, which is none.
             metadata: labels, shown by `list`.
+            secrets: by environment variable, values that only requests to their hosts carry.
         Raises: as `Client` and `Client.create_sandbox_info`.
         """
         self._owns_client = client is None
@@ -88,6 +93,7 @@ class Sandbox:
             "persistent": persistent,
             "egress": egress,
             "metadata": metadata,
+            "secrets": secrets,
         }
         self._reset()
         self._open()
@@ -159,7 +165,7 @@ class Sandbox:
         timeout_seconds: int | None = None,
         idle_timeout_seconds: int | None = None,
         persistent: bool | None = None,
-        egress: bool | None = None,
+        egress: Egress | None = None,
     ) -> Sandbox:
         """A sandbox from a space.  Raises: NotBuilt if the daemon has no spaces yet."""
         where = {"host": host, "region": region, "traceparent": traceparent, "api_key": api_key}
@@ -385,6 +391,10 @@ class Sandbox:
             usage: measure the memory and files that it uses, too (`SandboxInfo.usage`); costs milliseconds.
         """
         return self._client_for("look-up").get_sandbox(self.id, usage=usage)
+
+    def egress_log(self) -> EgressLog:
+        """What this sandbox tried to reach, allowed or refused; of a fork since the fork."""
+        return self._client_for("egress log").egress_log(self.id)
 
     def extend(self, timeout_seconds: int | None = None, *, idle_timeout_seconds: int | None = None) -> SandboxInfo:
         """Change how long the sandbox lives.

@@ -259,12 +259,10 @@ def _run_agent(
             os._exit(1)
         namespaces = _own_namespaces() if adopts else []
         # On the stage: the device is nowhere in the machine's own root.
-        way_out = [] if birth.plan.uplink is None else [uplink.open_interface()]
+        way_out = uplink.open_interface(birth.plan)
         confine.enter_root(stage, birth.plan)
         confine.set_identity(birth.plan)
-        if birth.plan.uplink is not None:
-            way_out.append(uplink.bring_up())
-            uplink.tell_programs(birth.plan)
+        way_out += uplink.bring_up(birth.plan)
         if os.read(placed, 1) != b".":
             raise OSError("the control groups could not be joined")
         os.close(placed)

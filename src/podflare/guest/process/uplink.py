@@ -28,25 +28,31 @@ _IFF_UP, _IFF_RUNNING = 0x1, 0x40
 _RTF_UP, _RTF_GATEWAY = 0x1, 0x2
 
 
-def open_interface() -> int:
-    """A new interface in the network namespace of this process, as the descriptor that its packets come out of.
+def open_interface(plan: MachinePlan) -> List[int]:
+    """If planned, a new interface in the network namespace of this process: the descriptor that packets come out of.
 
     Precondition: on the stage; the device belongs to the namespace in which it is opened.  Needs CAP_NET_ADMIN.
     """
+    if plan.uplink is None:
+        return []
     fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         fcntl.ioctl(fd, _TUNSETIFF, _request(struct.pack("H", _IFF_TUN | _IFF_NO_PI)))
     except BaseException:
         os.close(fd)
         raise
-    return fd
+    return [fd]
 
 
-def bring_up() -> int:
-    """Give the interface its address, send everything through it, and listen.  Needs CAP_NET_ADMIN.
+def bring_up(plan: MachinePlan) -> List[int]:
+    """If planned, give the interface its address, send everything through it, listen, and tell the machine's programs.
 
+    Precondition: in the machine's root.  Needs CAP_NET_ADMIN.
     Returns: the descriptor of the listening socket.
     """
+    if plan.uplink is None:
+        return []
+    _tell_programs(plan)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
         fcntl.ioctl(sock, _SIOCSIFADDR, _request(_address(link.MACHINE_ADDRESS)))
         fcntl.ioctl(sock, _SIOCSIFDSTADDR, _request(_address(link.GATE_ADDRESS)))
@@ -61,11 +67,11 @@ def bring_up() -> int:
     except BaseException:
         listener.close()
         raise
-    return listener.detach()
+    return [listener.detach()]
 
 
-def tell_programs(plan: MachinePlan) -> None:
-    """Name server, proxy and certificates, where programs look for them.  Precondition: in the machine's root.
+def _tell_programs(plan: MachinePlan) -> None:
+    """Name server, proxy and certificates, where programs look for them.
 
     A fork has its parent's files, with what was changed in them since; only the environment is set anew.
     """
