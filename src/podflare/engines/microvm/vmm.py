@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from podflare.engines.microvm.console import Console
+
 Accelerator = Literal["kvm", "tcg"]
 """How guest instructions run: by the processor itself, or translated, which works everywhere and computes slowly."""
 
@@ -79,8 +81,8 @@ class Vm(Protocol):
     """Connected, non-blocking stream to the guest's port CHANNEL_NAME.  Closed by `aclose`."""
     control: socket.socket
     """Likewise to CONTROL_NAME."""
-    console: Path
-    """What the guest's kernel and init print."""
+    console: Console
+    """What the guest's kernel and init print, and the VMM itself."""
 
     async def capture(self, to: SavedVm, *, while_paused: Callable[[], Awaitable[None]]) -> float:
         """Save the VM as it is now; it goes on at once.
@@ -113,7 +115,7 @@ class Vmm(Protocol):
     async def boot(self, directory: Path, shape: Shape, source: BootSource, drives: Drives) -> Vm:
         """A VM that has begun to boot.
 
-        Args: directory: of this VM alone, exists; for console and sockets.
+        Args: directory: of this VM alone, exists, and is the VMM's to write in.
         Raises: MachineFailed with what the VMM said; then no process is left.
         If cancelled: no process is left.
         """

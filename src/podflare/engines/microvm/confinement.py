@@ -1,0 +1,72 @@
+"""What a VMM process may do on the host: little, for a guest that breaks out of its VM is in it.
+
+Pure but for `own`, and for `verify`, which looks at the process from outside.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from podflare.engines.base import Wall
+from podflare.errors import IsolationIncomplete
+
+VMM_ID = 0x7001_0000
+"""User and group of a root daemon's VMMs: above those of the process engine's machines, and nobody else's."""
+
+
+@dataclass(frozen=True)
+class Confinement:
+    """How VMMs of one daemon are started."""
+
+    user_id: int | None
+    """Of their own; None: the daemon's, which is no root then."""
+    kvm_group: int | None = None
+    """That may open /dev/kvm, where it is used."""
+
+    @classmethod
+    def detect(cls, *, kvm: bool) -> Confinement:
+        """What the user of this process can set up."""
+        group = Path("/dev/kvm").stat().st_gid if kvm else None
+        return cls(VMM_ID if os.geteuid() == 0 else None, group)
+
+    def wrap(self, command: list[str]) -> list[str]:
+        """The command that starts `command` confined: it ends with the daemon, and cannot gain privileges."""
+        privileges = ["setpriv", "--pdeathsig", "KILL", "--no-new-privs"]
+        if self.user_id is None:
+            return [*privileges, "--", *command]
+        groups = ["--clear-groups"] if self.kvm_group is None else ["--groups", str(self.kvm_group)]
+        identity = ["--reuid", str(self.user_id), "--regid", str(self.user_id), *groups]
+        capabilities = ["--inh-caps", "-all", "--bounding-set", "-all"]
+        return ["unshare", "--net", "--ipc", "--", *privileges, *identity, *capabilities, "--", *command]
+
+    def own(self, file: int | Path) -> None:
+        """Give a file or directory to the VMMs.  Raises: OSError."""
+        if self.user_id is not None:
+            os.chown(file, self.user_id, self.user_id)
+
+    def verify(self, pid: int) -> tuple[Wall, ...]:
+        """The walls around a VMM process, read from /proc.
+
+        Raises: IsolationIncomplete if one of those that this puts up is missing; OSError if the process is gone.
+        """
+        status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line)
+        found: dict[Wall, bool] = {
+            "seccomp": status["Seccomp"].strip() == "2",
+            "no_new_privileges": status["NoNewPrivs"].strip() == "1",
+        }
+        if self.user_id is not None:
+            found["separate_uid"] = set(status["Uid"].split()) == {str(self.user_id)}
+            found["dropped_capabilities"] = all(
+                int(status[name], 16) == 0 for name in ("CapEff", "CapPrm", "CapInh", "CapBnd", "CapAmb")
+            )
+            for wall, kind in _NAMESPACES.items():
+                found[wall] = Path(f"/proc/{pid}/ns/{kind}").readlink() != Path(f"/proc/self/ns/{kind}").readlink()
+        missing = sorted(wall for wall, there in found.items() if not there)
+        if missing:
+            raise IsolationIncomplete(f"a virtual machine monitor could not be confined: {', '.join(missing)}")
+        return tuple(found)
+
+
+_NAMESPACES: dict[Wall, str] = {"network_namespace": "net", "ipc_namespace": "ipc"}

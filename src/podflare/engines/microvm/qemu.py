@@ -1,0 +1,236 @@
+"""QEMU as the microvm engine's VMM: one process for each VM, ordered over QMP.
+
+A VM is saved by writing its device state (`xen-save-devices-state`, milliseconds) and the pages that it changed
+(memory.py); it goes on elsewhere as an incoming migration of the device state alone, over the memory file mapped
+privately.  So restoring one takes as long as starting QEMU does, and any number share the pages of one file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import anyio
+from qemu.qmp import QMPClient, QMPError
+
+from podflare.engines.linux.ending import END_TIMEOUT_S
+from podflare.engines.linux.waiting import resolve
+from podflare.engines.microvm import memory
+from podflare.engines.microvm.confinement import Confinement
+from podflare.engines.microvm.console import Console
+from podflare.engines.microvm.qemu_command import Descriptors, qemu_command
+from podflare.engines.microvm.vmm import Accelerator, BootSource, Drives, SavedVm, Shape
+from podflare.errors import MachineFailed
+
+BINARY = "qemu-system-x86_64"
+START_TIMEOUT_S = 30.0
+ORDER_TIMEOUT_S = 60.0
+_DEVICES = "devices"
+"""File in the VM's directory that QEMU writes device state to."""
+
+
+class Qemu:
+    """See vmm.Vmm."""
+
+    name = "qemu"
+    kernel_kind: Literal["bzImage", "vmlinux"] = "bzImage"
+
+    def __init__(self, binary: str, accelerator: Accelerator, confinement: Confinement) -> None:
+        self.accelerator = accelerator
+        self._binary = binary
+        self._confinement = confinement
+
+    async def boot(self, directory: Path, shape: Shape, source: BootSource, drives: Drives) -> QemuVm:
+        with contextlib.ExitStack() as stack:
+            # As empty as memory is at first: what is written to it becomes the process's own, as for any other VM.
+            base = _open(stack, directory / "memory", os.O_RDWR | os.O_CREAT | os.O_EXCL)
+            (directory / "memory").unlink()
+            os.ftruncate(base, shape.memory_bytes)
+            # Through the descriptors, for the way to the files may be closed to the VMM's user.
+            kernel, initrd = (_open(stack, path, os.O_RDONLY) for path in (source.kernel, source.initrd))
+            reached = BootSource(_through(kernel), _through(initrd), source.command_line)
+            return await self._start(stack, directory, shape, drives, base, (kernel, initrd), source=reached)
+
+    async def restore(self, directory: Path, shape: Shape, saved: SavedVm, drives: Drives) -> QemuVm:
+        with contextlib.ExitStack() as stack:
+            # For writing, too, as QEMU wants it: the mapping is private all the same.
+            base = _open(stack, saved.memory, os.O_RDWR)
+            devices = _open(stack, saved.devices, os.O_RDONLY)
+            return await self._start(stack, directory, shape, drives, base, devices=devices)
+
+    async def _start(
+        self,
+        stack: contextlib.ExitStack,
+        directory: Path,
+        shape: Shape,
+        drives: Drives,
+        base: int,
+        more: tuple[int, ...] = (),
+        *,
+        source: BootSource | None = None,
+        devices: int | None = None,
+    ) -> QemuVm:
+        """Args: stack: owns all descriptors that are given here, and gets those that are QEMU's alone from now on."""
+        self._confinement.own(base)
+        ours: list[socket.socket] = []
+        theirs: list[int] = []
+        try:
+            for _ in range(4):
+                one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+                ours.append(one)
+                stack.callback(other.close)
+                theirs.append(other.fileno())
+            root = _open(stack, drives.root, os.O_RDONLY)
+            disk = _open(stack, drives.disk, os.O_RDWR)
+            fds = Descriptors(theirs[0], theirs[1], theirs[2], theirs[3], base, root, disk, devices)
+            command = qemu_command(self._binary, self.accelerator, shape, fds, source)
+            # Waits only for the exec, a millisecond or two.
+            process = subprocess.Popen(  # noqa: ASYNC220  # pidfd and descriptors need nothing of asyncio's own
+                self._confinement.wrap(command),
+                cwd=directory,
+                env={"PATH": os.environ.get("PATH", os.defpath)},
+                stdin=subprocess.DEVNULL,
+                stdout=fds.console,
+                stderr=fds.console,
+                pass_fds=(*fds.all(), *more),
+            )
+        except OSError as exc:
+            for sock in ours:
+                sock.close()
+            raise MachineFailed(f"QEMU could not be started: {exc}") from exc
+        monitor, channel, control, console = ours
+        vm = QemuVm(process, directory, os.dup(base), channel, control, Console(console))
+        try:
+            await vm.connect(monitor)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await vm.aclose()
+            raise
+        return vm
+
+
+def _open(stack: contextlib.ExitStack, path: Path, flags: int) -> int:
+    try:
+        fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        raise MachineFailed(f"a virtual machine's file cannot be opened: {exc}") from exc
+    stack.callback(os.close, fd)
+    return fd
+
+
+def _through(fd: int) -> Path:
+    return Path(f"/proc/self/fd/{fd}")
+
+
+class QemuVm:
+    """See vmm.Vm."""
+
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        directory: Path,
+        base: int,
+        channel: socket.socket,
+        control: socket.socket,
+        console: Console,
+    ) -> None:
+        self.pid = process.pid
+        self.channel, self.control, self.console = channel, control, console
+        for sock in (channel, control):
+            sock.setblocking(False)
+        self._process = process
+        self._directory = directory
+        self._base = base
+        self._monitor = QMPClient("podflare")
+        # Its own log lines would tell what is told by exceptions already.
+        self._monitor.logger.disabled = True
+        self._closing: asyncio.Task[None] | None = None
+        loop = asyncio.get_running_loop()
+        self._gone: asyncio.Future[None] = loop.create_future()
+        self._pidfd = os.pidfd_open(process.pid)
+        loop.add_reader(self._pidfd, resolve, self._gone)
+
+    async def connect(self, monitor: socket.socket) -> None:
+        """Take over the monitor's socket.  Raises: MachineFailed with what QEMU said."""
+        try:
+            with anyio.fail_after(START_TIMEOUT_S):
+                await self._monitor.connect(monitor)
+        except (QMPError, OSError, EOFError) as exc:
+            monitor.close()
+            raise MachineFailed(f"QEMU did not start: {await self._last_words() or exc}") from exc
+
+    async def _last_words(self) -> str:
+        with anyio.move_on_after(1):
+            await asyncio.shield(self._gone)
+        self.console.close()
+        return self.console.last_line
+
+    async def _order(self, command: str, **arguments: Any) -> Any:
+        try:
+            with anyio.fail_after(ORDER_TIMEOUT_S):
+                return await self._monitor.execute(command, arguments or None)
+        except (QMPError, OSError, EOFError) as exc:
+            raise MachineFailed(f"a virtual machine did not obey {command!r}: {exc}") from exc
+
+    async def resume(self) -> None:
+        await self._order("cont")
+
+    async def capture(self, to: SavedVm, *, while_paused: Callable[[], Awaitable[None]]) -> float:
+        loop = asyncio.get_running_loop()
+        target = os.open(to.memory, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            # Before the pause: the file below never changes.
+            await loop.run_in_executor(None, memory.copy_sparse, self._base, target)
+            start_s = time.monotonic()
+            await self._order("stop")
+            try:
+                await while_paused()
+                await self._order("xen-save-devices-state", filename=_DEVICES, live=False)
+                await loop.run_in_executor(None, memory.write_changes, self.pid, self._base, target)
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await self._order("cont")
+            pause_s = time.monotonic() - start_s
+            await loop.run_in_executor(None, shutil.move, self._directory / _DEVICES, to.devices)
+        except OSError as exc:
+            raise MachineFailed(f"a virtual machine could not be saved: {exc}") from exc
+        finally:
+            os.close(target)
+        return pause_s
+
+    async def wait_dead(self) -> str:
+        await asyncio.shield(self._gone)
+        status = self._process.wait()
+        how = f"by signal {-status}" if status < 0 else f"with status {status}"
+        return f"QEMU ended {how}"
+
+    async def aclose(self) -> None:
+        if self._closing is None:
+            self._closing = asyncio.get_running_loop().create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        # One that hangs in the kernel is not waited for longer; it ends when its device answers.
+        done, _ = await asyncio.wait([self._gone], timeout=END_TIMEOUT_S)
+        if done:
+            self._process.wait()
+        asyncio.get_running_loop().remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        os.close(self._base)
+        with contextlib.suppress(QMPError, OSError, EOFError):
+            with anyio.fail_after(END_TIMEOUT_S):
+                await self._monitor.disconnect()
+        for sock in (self.channel, self.control):
+            sock.close()
+        self.console.close()

@@ -1,0 +1,102 @@
+"""The command line of a QEMU process, pure: what the machine looks like, and what QEMU itself may do.
+
+A VM that goes on from a saved one needs the same machine, so whatever the guest can see follows from these arguments
+alone; `machine_key` names it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from podflare.engines.microvm.vmm import CHANNEL_NAME, CONTROL_NAME, Accelerator, BootSource, Shape
+
+TRANSLATED_CODE_MIB = 64
+"""Of translated guest code that a process keeps (TCG): it is private to each VM, and the default is half a gigabyte."""
+
+_CPU = {
+    # What programs built for x86-64-v2 need (numpy's do); the whole of what TCG can do hangs this kernel.
+    "tcg": "Nehalem",
+    "kvm": "host",
+}
+_GLOBALS = (
+    # The saved device state is then the same whatever QEMU would say of itself in a migration.
+    "migration.send-configuration=off",
+    # It would want to find its part of the firmware in memory as it left it.
+    "apic.vapic=off",
+)
+_FORBIDDEN = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+
+
+@dataclass(frozen=True)
+class Descriptors:
+    """Numbers of what the process inherits."""
+
+    monitor: int
+    channel: int
+    control: int
+    console: int
+    memory: int
+    root: int
+    disk: int
+    devices: int | None = None
+    """Saved device state to go on from; None to boot."""
+
+    def all(self) -> tuple[int, ...]:
+        found = (self.monitor, self.channel, self.control, self.console, self.memory, self.root, self.disk)
+        return found if self.devices is None else (*found, self.devices)
+
+
+def qemu_command(
+    binary: str, accelerator: Accelerator, shape: Shape, fds: Descriptors, source: BootSource | None = None
+) -> list[str]:
+    """The whole command.  Args: source: what to boot; None with `fds.devices`."""
+    command = [binary, *_machine(accelerator, shape), "-nodefaults", "-no-user-config", "-display", "none"]
+    command += ["-no-reboot", "-sandbox", _FORBIDDEN]
+    command += ["-object", _memory(shape, fds.memory)]
+    command += ["-chardev", f"socket,id=monitor,fd={fds.monitor}", "-mon", "chardev=monitor,mode=control"]
+    command += ["-chardev", f"socket,id=console,fd={fds.console}", "-serial", "chardev:console"]
+    command += _drives(fds)
+    command += ["-device", "virtio-serial-pci"]
+    for name, fd in ((CHANNEL_NAME, fds.channel), (CONTROL_NAME, fds.control)):
+        command += ["-chardev", f"socket,id={name},fd={fd}", "-device", f"virtserialport,chardev={name},name={name}"]
+    if fds.devices is not None:
+        command += ["-S", "-incoming", f"fd:{fds.devices}"]
+    elif source is not None:
+        command += ["-kernel", str(source.kernel), "-initrd", str(source.initrd), "-append", source.command_line]
+    return command
+
+
+def machine_key(version: str, accelerator: Accelerator, shape: Shape) -> str:
+    """Names a kind of machine: what was saved of one goes on in any other of the same key, and in no other."""
+    command = qemu_command("", accelerator, shape, Descriptors(0, 0, 0, 0, 0, 0, 0))
+    return hashlib.sha256("\0".join([version, *command]).encode()).hexdigest()[:16]
+
+
+def _machine(accelerator: Accelerator, shape: Shape) -> list[str]:
+    translate = f"tcg,thread=multi,tb-size={TRANSLATED_CODE_MIB}"
+    return [
+        *("-M", "pc,usb=off,vmport=off,suppress-vmdesc=on,memory-backend=ram"),
+        *("-accel", translate if accelerator == "tcg" else accelerator),
+        *("-cpu", _CPU[accelerator]),
+        *("-m", f"{shape.memory_bytes >> 20}M"),
+        *("-smp", str(shape.cpus)),
+        *(word for name in _GLOBALS for word in ("-global", name)),
+    ]
+
+
+def _memory(shape: Shape, fd: int) -> str:
+    # share=off: the file is mapped privately, so that any number of VMs have one and each its own changes.
+    return f"memory-backend-file,id=ram,size={shape.memory_bytes},mem-path=/proc/self/fd/{fd},share=off"
+
+
+def _drives(fds: Descriptors) -> list[str]:
+    words: list[str] = []
+    for number, (name, fd, options) in enumerate(
+        (("root", fds.root, "read-only=on"), ("disk", fds.disk, "cache=unsafe,discard=unmap,detect-zeroes=unmap"))
+    ):
+        words += ["-add-fd", f"fd={fd},set={number}"]
+        # Nobody else has this disk, and the root is never written to: no locks.
+        words += ["-drive", f"file=/dev/fdset/{number},if=none,id={name},format=raw,file.locking=off,{options}"]
+        words += ["-device", f"virtio-blk-pci,drive={name}"]
+    return words
