@@ -55,19 +55,21 @@ class Qemu:
             base = _open(stack, directory / "memory", os.O_RDWR | os.O_CREAT | os.O_EXCL)
             (directory / "memory").unlink()
             os.ftruncate(base, shape.memory_bytes)
-            # Through the descriptors, for the way to the files may be closed to the VMM's user.
+            # Through descriptors, for the way to the files may be closed to the VMM's user.
             kernel, initrd = (_open(stack, path, os.O_RDONLY) for path in (source.kernel, source.initrd))
             reached = BootSource(_through(kernel), _through(initrd), source.command_line)
-            return await self._start(stack, directory, shape, drives, base, (kernel, initrd), source=reached)
+            vm, monitor = self._spawn(stack, directory, shape, drives, base, (kernel, initrd), source=reached)
+        return await self._connected(vm, monitor)
 
     async def restore(self, directory: Path, shape: Shape, saved: SavedVm, drives: Drives) -> QemuVm:
         with contextlib.ExitStack() as stack:
             # For writing, too, as QEMU wants it: the mapping is private all the same.
             base = _open(stack, saved.memory, os.O_RDWR)
             devices = _open(stack, saved.devices, os.O_RDONLY)
-            return await self._start(stack, directory, shape, drives, base, devices=devices)
+            vm, monitor = self._spawn(stack, directory, shape, drives, base, devices=devices)
+        return await self._connected(vm, monitor)
 
-    async def _start(
+    def _spawn(
         self,
         stack: contextlib.ExitStack,
         directory: Path,
@@ -78,12 +80,17 @@ class Qemu:
         *,
         source: BootSource | None = None,
         devices: int | None = None,
-    ) -> QemuVm:
-        """Args: stack: owns all descriptors that are given here, and gets those that are QEMU's alone from now on."""
-        self._confinement.own(base)
+    ) -> tuple[QemuVm, socket.socket]:
+        """A QEMU process and the socket to its monitor.
+
+        Args: stack: owns all descriptors that are given here, and gets those that are QEMU's alone from now on.
+        Raises: MachineFailed; then there is no process.
+        """
         ours: list[socket.socket] = []
         theirs: list[int] = []
         try:
+            for file in (base, directory):
+                self._confinement.own(file)
             for _ in range(4):
                 one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
                 ours.append(one)
@@ -91,10 +98,11 @@ class Qemu:
                 theirs.append(other.fileno())
             root = _open(stack, drives.root, os.O_RDONLY)
             disk = _open(stack, drives.disk, os.O_RDWR)
+            self._confinement.own(disk)
             fds = Descriptors(theirs[0], theirs[1], theirs[2], theirs[3], base, root, disk, devices)
             command = qemu_command(self._binary, self.accelerator, shape, fds, source)
             # Waits only for the exec, a millisecond or two.
-            process = subprocess.Popen(  # noqa: ASYNC220  # pidfd and descriptors need nothing of asyncio's own
+            process = subprocess.Popen(
                 self._confinement.wrap(command),
                 cwd=directory,
                 env={"PATH": os.environ.get("PATH", os.defpath)},
@@ -108,7 +116,9 @@ class Qemu:
                 sock.close()
             raise MachineFailed(f"QEMU could not be started: {exc}") from exc
         monitor, channel, control, console = ours
-        vm = QemuVm(process, directory, os.dup(base), channel, control, Console(console))
+        return QemuVm(process, directory, os.dup(base), channel, control, Console(console)), monitor
+
+    async def _connected(self, vm: QemuVm, monitor: socket.socket) -> QemuVm:
         try:
             await vm.connect(monitor)
         except BaseException:

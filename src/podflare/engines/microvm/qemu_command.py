@@ -92,11 +92,11 @@ def _memory(shape: Shape, fd: int) -> str:
 
 def _drives(fds: Descriptors) -> list[str]:
     words: list[str] = []
-    for number, (name, fd, options) in enumerate(
-        (("root", fds.root, "read-only=on"), ("disk", fds.disk, "cache=unsafe,discard=unmap,detect-zeroes=unmap"))
+    for name, fd, options in (
+        ("root", fds.root, "read-only=on"),
+        ("disk", fds.disk, "cache=unsafe,discard=unmap,detect-zeroes=unmap"),
     ):
-        words += ["-add-fd", f"fd={fd},set={number}"]
         # Nobody else has this disk, and the root is never written to: no locks.
-        words += ["-drive", f"file=/dev/fdset/{number},if=none,id={name},format=raw,file.locking=off,{options}"]
+        words += ["-drive", f"file=/proc/self/fd/{fd},if=none,id={name},format=raw,file.locking=off,{options}"]
         words += ["-device", f"virtio-blk-pci,drive={name}"]
     return words
