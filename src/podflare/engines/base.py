@@ -244,6 +244,14 @@ class Machine(Protocol):
             MachineFailed; DeadlineExceeded.
         """
 
+    async def snapshot(self, name: str, *, timeout_s: float) -> None:
+        """Keep this running machine on disk under a name, exact, memory included; it goes on at once.
+
+        What is kept outlives this machine and this daemon, and can be restored any number of times (Engine.restore).
+        Raises: NotBuilt if the engine cannot keep machines; BadRequest for a name that cannot be one; Conflict if it
+            is taken; MachineFailed, DeadlineExceeded.  Then nothing is kept.
+        """
+
     async def wait_dead(self) -> Death:
         """Return once the machine ended by itself or by `aclose`.  Any number of waiters."""
 
@@ -284,6 +292,20 @@ class Engine(Protocol):
         If cancelled: no machine exists.
         """
 
+    @property
+    def snapshots(self) -> tuple[str, ...]:
+        """Names of what Machine.snapshot has kept, by any daemon with this directory."""
+
+    async def restore(self, name: str, *, timeout_s: float) -> Machine:
+        """A machine that goes on from a snapshot, as one that `create` gives.
+
+        Raises: NotBuilt if the engine cannot keep machines; BadRequest if there is none of that name; Conflict if it
+            cannot go on here; otherwise as `create`.
+        """
+
+    def remove_snapshot(self, name: str) -> None:
+        """Machines that were restored from it live on.  Raises: NotBuilt; BadRequest if there is none."""
+
     async def aclose(self) -> None:
         """Close every machine, then what `start` acquired.  Idempotent."""
 
@@ -302,3 +324,5 @@ class EngineOptions:
     """Where built templates are (engines/templates/store.py), read again at each create; empty: there are none."""
     image_dir: str = ""
     """The same for images of virtual machines (engines/microvm/image/store.py)."""
+    snapshot_dir: str = ""
+    """Where snapshots are kept, for later daemons, too; empty: none can be."""

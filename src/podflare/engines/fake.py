@@ -68,6 +68,9 @@ class FakeMachine:
     async def merge_files(self, other: Machine, paths: tuple[str, ...], *, timeout_s: float) -> FileMerge:
         raise NotBuilt("the fake engine has no layers to merge")
 
+    async def snapshot(self, name: str, *, timeout_s: float) -> None:
+        raise NotBuilt("the fake engine cannot keep a machine")
+
     async def wait_dead(self) -> Death:
         status = await self._process.wait()
         return Death("the machine was closed" if self._closed else f"the guest agent ended with status {status}")
@@ -155,6 +158,16 @@ class FakeEngine:
         machine = FakeMachine(spec, ours, process, home, self)
         self._machines.add(machine)
         return machine
+
+    @property
+    def snapshots(self) -> tuple[str, ...]:
+        return ()
+
+    async def restore(self, name: str, *, timeout_s: float) -> Machine:
+        raise NotBuilt("the fake engine cannot keep a machine")
+
+    def remove_snapshot(self, name: str) -> None:
+        raise NotBuilt("the fake engine cannot keep a machine")
 
     def forget(self, machine: FakeMachine) -> None:
         """Called by a machine that is closed."""

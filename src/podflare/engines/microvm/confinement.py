@@ -15,6 +15,14 @@ from podflare.errors import IsolationIncomplete
 VMM_ID = 0x7001_0000
 """User and group of a root daemon's VMMs: above those of the process engine's machines, and nobody else's."""
 
+_ALWAYS: dict[Wall, tuple[str, str]] = {"seccomp": ("Seccomp", "2"), "no_new_privileges": ("NoNewPrivs", "1")}
+"""What /proc/<pid>/status says of any VMM."""
+_NAMESPACES: dict[Wall, str] = {"network_namespace": "net", "ipc_namespace": "ipc"}
+_CAPABILITY_SETS = ("CapEff", "CapPrm", "CapInh", "CapBnd", "CapAmb")
+ALWAYS: tuple[Wall, ...] = tuple(_ALWAYS)
+AS_ROOT: tuple[Wall, ...] = ("separate_uid", "dropped_capabilities", *_NAMESPACES)
+"""What only a root daemon puts up."""
+
 
 @dataclass(frozen=True)
 class Confinement:
@@ -52,21 +60,13 @@ class Confinement:
         Raises: IsolationIncomplete if one of those that this puts up is missing; OSError if the process is gone.
         """
         status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line)
-        found: dict[Wall, bool] = {
-            "seccomp": status["Seccomp"].strip() == "2",
-            "no_new_privileges": status["NoNewPrivs"].strip() == "1",
-        }
+        found = {wall: status[field].strip() == value for wall, (field, value) in _ALWAYS.items()}
         if self.user_id is not None:
             found["separate_uid"] = set(status["Uid"].split()) == {str(self.user_id)}
-            found["dropped_capabilities"] = all(
-                int(status[name], 16) == 0 for name in ("CapEff", "CapPrm", "CapInh", "CapBnd", "CapAmb")
-            )
+            found["dropped_capabilities"] = all(int(status[name], 16) == 0 for name in _CAPABILITY_SETS)
             for wall, kind in _NAMESPACES.items():
                 found[wall] = Path(f"/proc/{pid}/ns/{kind}").readlink() != Path(f"/proc/self/ns/{kind}").readlink()
         missing = sorted(wall for wall, there in found.items() if not there)
         if missing:
             raise IsolationIncomplete(f"a virtual machine monitor could not be confined: {', '.join(missing)}")
         return tuple(found)
-
-
-_NAMESPACES: dict[Wall, str] = {"network_namespace": "net", "ipc_namespace": "ipc"}

@@ -94,11 +94,6 @@ async def renew(vm: Vm, control: Control, *, hostname: str, reseed: bool, timeou
     Raises: MachineFailed; DeadlineExceeded.
     """
     token = secrets.token_bytes(TOKEN_BYTES)
-    loop = asyncio.get_running_loop()
-    try:
-        await loop.sock_sendall(vm.channel, token)
-    except OSError as exc:
-        raise MachineFailed(f"a restored virtual machine cannot be reached: {exc}") from exc
     order = {
         "time": time.time_ns(),
         "seed": secrets.token_hex(_SEED_BYTES),
@@ -109,6 +104,11 @@ async def renew(vm: Vm, control: Control, *, hostname: str, reseed: bool, timeou
     }
     ends_s = time.monotonic() + timeout_s
     await control.ask({"restored": order}, timeout_s=timeout_s)
+    try:
+        # Not sooner: until then what comes is for the agent.
+        await asyncio.get_running_loop().sock_sendall(vm.channel, token)
+    except OSError as exc:
+        raise MachineFailed(f"a restored virtual machine cannot be reached: {exc}") from exc
     await _skip_to(vm.channel, token, ends_s)
     await wait_readable(vm.channel, max(0.01, ends_s - time.monotonic()), "a restored guest was not ready")
 

@@ -48,7 +48,7 @@ class MicrovmMachine:
         """How long it stood still when it was last forked or saved."""
         self.on_close: Callable[[MicrovmMachine], Any] | None = None
         self.on_fork: Callable[[MicrovmMachine, int, bool, float], Any] | None = None
-        self.on_save: Callable[[MicrovmMachine, str, float], Any] | None = None
+        self.on_snapshot: Callable[[MicrovmMachine, str, float], Any] | None = None
         self.on_diff: Callable[..., Any] | None = None
         self._death: asyncio.Future[Death] = asyncio.get_running_loop().create_future()
         self._closing: asyncio.Task[None] | None = None
@@ -98,10 +98,8 @@ class MicrovmMachine:
         if self._death.done():
             raise MachineFailed(f"machine {self.id} is gone: {self._death.result().reason}")
 
-    async def apply_limits(self, limits: Limits) -> None:
-        """In the VM and around it.  Raises: MachineFailed, DeadlineExceeded, OSError."""
-        if self.cgroup is not None:
-            self.cgroup.set_limits(vmm_limits(limits, self.shape))
+    async def limit_inside(self, limits: Limits) -> None:
+        """Have the guest's kernel hold them.  Raises: MachineFailed, DeadlineExceeded."""
         order = {"memory_bytes": limits.memory_bytes, "processes": limits.max_processes}
         await self.control.ask({"limits": order}, timeout_s=LIMITS_TIMEOUT_S)
 
@@ -112,7 +110,9 @@ class MicrovmMachine:
         if limits.memory_bytes > self.shape.memory_bytes or limits.disk_bytes != self.spec.limits.disk_bytes:
             raise MachineFailed("memory and disk of a virtual machine cannot grow beyond what it was made with")
         try:
-            await self.apply_limits(limits)
+            if self.cgroup is not None:
+                self.cgroup.set_limits(vmm_limits(limits, self.shape))
+            await self.limit_inside(limits)
         except (OSError, PodflareError) as exc:
             raise MachineFailed(f"machine {self.id}: limits could not be set: {exc}") from exc
         self.spec = MachineSpec(self.spec.template, limits, self.spec.hostname)
@@ -147,9 +147,9 @@ class MicrovmMachine:
 
     async def snapshot(self, name: str, *, timeout_s: float) -> None:
         self.check_alive()
-        if self.on_save is None:
+        if self.on_snapshot is None:
             raise MachineFailed(f"machine {self.id} is gone")
-        await self.on_save(self, name, timeout_s)
+        await self.on_snapshot(self, name, timeout_s)
 
     async def diff(self, other: Machine, paths: tuple[str, ...], *, detail: bool, timeout_s: float) -> Diff:
         if self.on_diff is None or not isinstance(other, MicrovmMachine):

@@ -26,7 +26,7 @@ from podflare.engines.process.disk import DiskWatch
 from podflare.engines.process.facts import NO_TUNNELS, HostFacts, read_facts
 from podflare.engines.process.fork import fork_machine
 from podflare.engines.process.layers import Layers, take_away
-from podflare.engines.process.machine import ProcessMachine, empty_machine
+from podflare.engines.process.machine import NO_SNAPSHOTS, ProcessMachine, empty_machine
 from podflare.engines.process.merge import Kinship, ProcessFileMerge
 from podflare.engines.process.plan import plan_machine
 from podflare.engines.process.templates import Zygotes
@@ -35,6 +35,7 @@ from podflare.errors import (
     DeadlineExceeded,
     EgressUnavailable,
     MachineFailed,
+    NotBuilt,
     PodflareError,
 )
 from podflare.wire.api import TemplateInfo
@@ -98,6 +99,16 @@ class ProcessEngine:
             raise MachineFailed(f"a new machine could not be started: {exc}") from exc
         self._take_in(machine)
         return machine
+
+    @property
+    def snapshots(self) -> tuple[str, ...]:
+        return ()
+
+    async def restore(self, name: str, *, timeout_s: float) -> ProcessMachine:
+        raise NotBuilt(NO_SNAPSHOTS)
+
+    def remove_snapshot(self, name: str) -> None:
+        raise NotBuilt(NO_SNAPSHOTS)
 
     async def _bear(self, spec: MachineSpec) -> ProcessMachine:
         """Order the machine, look at it from outside, let it go, wait for its guest."""

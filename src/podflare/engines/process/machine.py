@@ -17,7 +17,7 @@ from podflare.engines.linux.ending import END_TIMEOUT_S, end_process
 from podflare.engines.linux.waiting import wait_readable
 from podflare.engines.process.family import Family
 from podflare.engines.process.footprint import add_detail, processes_below
-from podflare.errors import MachineFailed, PodflareError
+from podflare.errors import MachineFailed, NotBuilt, PodflareError
 from podflare.wire.api import Diff
 
 
@@ -54,6 +54,8 @@ class Parts:
             os.close(uplink.packets)
             os.close(uplink.listener)
 
+
+NO_SNAPSHOTS = "the process engine cannot keep a running sandbox on disk; the microvm engine can"
 
 Forker = Callable[["ProcessMachine", int, bool, float], Any]
 
@@ -161,6 +163,9 @@ class ProcessMachine:
             raise MachineFailed(f"machine {other.id} is none of this engine")
         merging: FileMerge = await self.on_merge(self, other, paths, timeout_s)
         return merging
+
+    async def snapshot(self, name: str, *, timeout_s: float) -> None:
+        raise NotBuilt(NO_SNAPSHOTS)
 
     async def wait_dead(self) -> Death:
         return await asyncio.shield(self._death)

@@ -14,8 +14,9 @@ import sys
 from typing import NoReturn
 
 from podflare.guest import syscalls as sc
+from podflare.guest.descriptors import close_all_but
 from podflare.guest.process.confine import mount_proc
-from podflare.guest.vm import template
+from podflare.guest.vm import groups, template
 from podflare.guest.vm.system import EMPTY
 
 HOME = "/root"
@@ -29,27 +30,30 @@ _LINKS = (
 )
 
 
-def start_agent(channel: socket.socket) -> None:
+def start_agent(channel: socket.socket, line: socket.socket) -> None:
     """Start the agent, which serves the host at the other end of `channel` and ends with it.
+
+    Args: line: the agent's end of its line to the first process (guest.supervision).
 
     Raises: OSError if it could not be started.
     """
     pid = os.fork()
     if pid == 0:
-        _become_parent_of_agent(channel)
+        _become_parent_of_agent(channel, line)
     _, status = os.waitpid(pid, 0)
     if status != 0:
         raise OSError(f"the agent could not be started (status {status:#x}); the console says why")
 
 
-def _become_parent_of_agent(channel: socket.socket) -> NoReturn:
+def _become_parent_of_agent(channel: socket.socket, line: socket.socket) -> NoReturn:
     """Only children of a caller of unshare(2) are in the new PID namespace."""
     status = 1
     try:
         os.setsid()
+        groups.join()
         sc.unshare(sc.CLONE_NEWNS | sc.CLONE_NEWPID)
         if os.fork() == 0:
-            _become_agent(channel)
+            _become_agent(channel, line)
         status = 0
     except BaseException as exc:  # noqa: BLE001  # a forked copy of process 1 must not return into it
         sys.stderr.write(f"podflare: the agent could not be started: {exc}\n")
@@ -57,15 +61,14 @@ def _become_parent_of_agent(channel: socket.socket) -> NoReturn:
         os._exit(status)
 
 
-def _become_agent(channel: socket.socket) -> NoReturn:
+def _become_agent(channel: socket.socket, line: socket.socket) -> NoReturn:
     from podflare.guest import agent  # the first process itself has no use for it
 
     try:
-        keep = channel.fileno()
-        sc.close_range(3, keep - 1)
-        sc.close_range(keep + 1, 2**31 - 1)
+        close_all_but({0, 1, 2, channel.fileno(), line.fileno()})
         # Mounts from here on are the agent's alone.
         sc.mount(None, "/", None, sc.MS_REC | sc.MS_PRIVATE)
+        groups.hide()
         mount_proc("/proc", EMPTY)
         _make_dev()
         os.dup2(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC), 0)
@@ -78,7 +81,7 @@ def _become_agent(channel: socket.socket) -> NoReturn:
         # User code has the agent's user id; only this keeps it away from the agent's memory (ptrace(2)).
         sc.set_dumpable(False)
         template.preload()
-        agent.run(channel, home=HOME, before_repl=_before_repl)
+        agent.run(channel, home=HOME, before_repl=_before_repl, supervisor=line)
     except BaseException as exc:  # noqa: BLE001  # as above
         sys.stderr.write(f"podflare: the agent could not be started: {exc}\n")
     finally:

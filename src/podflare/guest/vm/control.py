@@ -1,14 +1,12 @@
-"""What the engine tells the first process, one JSON object a line, and its answers.
+"""What the engine tells the first process, one JSON object a line, and the answers: pure.
 
-Trusted: it comes from the engine's own daemon.  Pure but for `carry_out`.
+Trusted: it comes from the engine's own daemon.  An answer carries the number of its order.
 """
 
 from __future__ import annotations
 
 import json
 from typing import Any, Dict, List
-
-from podflare.guest.vm import system
 
 MAX_LINE_BYTES = 64 * 1024
 
@@ -31,22 +29,23 @@ class Lines:
         self._rest = b""
 
 
-def answer(line: bytes) -> bytes:
-    """Carry out one order; a line that says `{"ready": true}` or why not."""
-    try:
-        carry_out(json.loads(line))
-        said: Dict[str, Any] = {"ready": True}
-    except (ValueError, TypeError, KeyError, OSError) as exc:
-        said = {"error": f"{type(exc).__name__}: {exc}"}
-    return json.dumps(said).encode() + b"\n"
+class TokenSearch:
+    """Drops a stream up to a token, wherever it is cut into pieces."""
+
+    def __init__(self, token: bytes) -> None:
+        self._token = token
+        self._tail = b""
+
+    def feed(self, data: bytes) -> "bytes | None":
+        """What follows the token; None as long as it has not come."""
+        self._tail += data
+        at = self._tail.find(self._token)
+        if at >= 0:
+            return self._tail[at + len(self._token) :]
+        self._tail = self._tail[max(0, len(self._tail) - len(self._token) + 1) :]
+        return None
 
 
-def carry_out(order: Dict[str, Any]) -> None:
-    """`{"restored": {...}}`: this machine goes on as a copy; what must differ between copies is made different.
-
-    Raises: OSError, or ValueError and its like for an order that makes no sense.
-    """
-    restored = order["restored"]
-    system.set_clock(int(restored["time"]))
-    system.add_entropy(bytes.fromhex(restored["seed"]))
-    system.set_names(str(restored.get("hostname", "")), str(restored.get("machine_id", "")))
+def encode(number: Any, body: Dict[str, Any]) -> bytes:
+    """The line of an answer."""
+    return json.dumps({**body, "order": number}).encode() + b"\n"

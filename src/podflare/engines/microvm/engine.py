@@ -1,0 +1,213 @@
+"""The microvm engine: a virtual machine for each sandbox.  See engines.base.Engine for the contract.
+
+A machine is restored from its template's saved VM; a fork is a running VM saved and restored, with all that runs in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from podflare.engines.base import EngineOptions, EngineReport, Limits, MachineSpec
+from podflare.engines.linux import cgroups
+from podflare.engines.linux.ending import remove_tree
+from podflare.engines.linux.waiting import make_owned
+from podflare.engines.microvm import probe
+from podflare.engines.microvm.birth import Nursery, bear, end
+from podflare.engines.microvm.diff import compare_machines
+from podflare.engines.microvm.fork import fork_machine, save
+from podflare.engines.microvm.images import Images
+from podflare.engines.microvm.machine import MicrovmMachine
+from podflare.engines.microvm.origins import Origins
+from podflare.engines.microvm.saved import SavedMachines
+from podflare.engines.microvm.vmm import Shape
+from podflare.errors import Conflict, DeadlineExceeded, IsolationIncomplete, MachineFailed, PodflareError
+from podflare.wire.api import TemplateInfo
+
+OWN_BYTES = 128 << 20
+"""Of a VM's memory, for its kernel and first process: what user code may use is its limit."""
+LEAST_BYTES = 1 << 30
+MOST_CPUS = 4
+"""Of a machine that may use all that nobody else wants, where instructions run on the processor itself."""
+_GIB = 1 << 30
+
+Made = TypeVar("Made")
+
+
+def shape_of(limits: Limits, *, cpus: int) -> Shape:
+    """The VM for a machine with these limits; few different ones, for each has to be booted once.
+
+    Args: cpus: of a machine without a limit.
+    """
+    memory = LEAST_BYTES
+    while memory < limits.memory_bytes:
+        memory *= 2
+    return Shape(memory + OWN_BYTES, cpus if limits.cpus is None else max(1, -int(-limits.cpus // 1)))
+
+
+def disk_bytes_of(limits: Limits) -> int:
+    """Whole gibibytes, likewise."""
+    return -(-limits.disk_bytes // _GIB) * _GIB
+
+
+class MicrovmEngine:
+    """Makes machines of templates that images were built of.  `start` before `create`."""
+
+    name = "microvm"
+
+    def __init__(self, options: EngineOptions) -> None:
+        self._options = options
+        self._data = Path(options.data_dir)
+        self._images = Images(options.image_dir)
+        self._saved = SavedMachines(options.snapshot_dir)
+        self._nursery: Nursery | None = None
+        self._origins: Origins | None = None
+        self._machine_key = ""
+        self._cpus = 1
+        self._machines: set[MicrovmMachine] = set()
+        self._booting: set[asyncio.Task[Any]] = set()
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        return self._images.names
+
+    @property
+    def snapshots(self) -> tuple[str, ...]:
+        return self._saved.names
+
+    def describe(self, template: str) -> TemplateInfo:
+        return self._images.describe(template)
+
+    async def probe(self) -> EngineReport:
+        return await asyncio.get_running_loop().run_in_executor(None, probe.report, self._images)
+
+    async def start(self) -> None:
+        found = await asyncio.get_running_loop().run_in_executor(None, probe.find)
+        if found.vmm is None:
+            raise IsolationIncomplete(f"the microvm engine cannot work here: {found.status.detail}")
+        machines_dir = self._data / "machines"
+        # VMMs enter with their own id; names are random, and what is in them is theirs.
+        machines_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
+        self._cpus = 1 if found.vmm.accelerator == "tcg" else min(MOST_CPUS, os.cpu_count() or 1)
+        self._machine_key = found.machine_key
+        self._origins = Origins(found.vmm, found.machine_key, self._data)
+        self._nursery = Nursery(self._options, machines_dir, found.vmm, found.confinement, cgroups.detect())
+
+    def _ready(self) -> tuple[Nursery, Origins]:
+        if self._nursery is None or self._origins is None:
+            raise MachineFailed("the microvm engine is not started")
+        return self._nursery, self._origins
+
+    # Machines.
+
+    async def create(self, spec: MachineSpec, *, timeout_s: float) -> MicrovmMachine:
+        [machine] = await self._make(self._bear(spec, timeout_s), timeout_s, "a new virtual machine")
+        return machine
+
+    async def restore(self, name: str, *, timeout_s: float) -> MicrovmMachine:
+        [machine] = await self._make(self._bear_saved(name, timeout_s), timeout_s, f"snapshot {name!r}")
+        return machine
+
+    def remove_snapshot(self, name: str) -> None:
+        self._saved.remove(name)
+
+    async def _make(
+        self, making: Coroutine[Any, Any, tuple[MicrovmMachine, ...]], timeout_s: float, what: str
+    ) -> tuple[MicrovmMachine, ...]:
+        try:
+            machines = await make_owned(making, timeout_s=timeout_s, discard=_discard)
+        except PodflareError:
+            raise
+        except TimeoutError as exc:
+            raise DeadlineExceeded(f"{what} was not ready within {timeout_s:g} s") from exc
+        except OSError as exc:
+            raise MachineFailed(f"{what} could not be made: {exc}") from exc
+        return machines
+
+    async def _bear(self, spec: MachineSpec, timeout_s: float) -> tuple[MicrovmMachine, ...]:
+        nursery, origins = self._ready()
+        image = await asyncio.get_running_loop().run_in_executor(None, self._images.get, spec.template)
+        shape = shape_of(spec.limits, cpus=self._cpus)
+        booting = asyncio.get_running_loop().create_task(origins.get(image, shape, disk_bytes_of(spec.limits)))
+        self._booting.add(booting)
+        booting.add_done_callback(self._booted)
+        # Shielded: a boot may take longer than one caller waits, and the next one needs it, too.
+        origin = await asyncio.shield(booting)
+        return (self._take_in(await bear(nursery, spec, origin, reseed=True, timeout_s=timeout_s)),)
+
+    def _booted(self, task: asyncio.Task[Any]) -> None:
+        self._booting.discard(task)
+        if not task.cancelled():
+            task.exception()  # told to whoever waited; nobody may have
+
+    async def _bear_saved(self, name: str, timeout_s: float) -> tuple[MicrovmMachine, ...]:
+        nursery, _ = self._ready()
+        kept = await asyncio.get_running_loop().run_in_executor(None, self._saved.get, name)
+        if kept.machine_key != self._machine_key:
+            raise Conflict(f"snapshot {name!r} was made by another kind or version of hypervisor; it cannot go on here")
+        return (self._take_in(await bear(nursery, kept.spec, kept.origin, reseed=True, timeout_s=timeout_s)),)
+
+    def _take_in(self, machine: MicrovmMachine) -> MicrovmMachine:
+        self._machines.add(machine)
+        machine.on_close = self._remove
+        machine.on_fork = self._fork
+        machine.on_snapshot = self._snapshot
+        machine.on_diff = compare_machines
+        machine.watch()
+        return machine
+
+    async def _fork(
+        self, parent: MicrovmMachine, count: int, reseed: bool, timeout_s: float
+    ) -> tuple[MicrovmMachine, ...]:
+        async def bear_children() -> tuple[MicrovmMachine, ...]:
+            nursery, _ = self._ready()
+            children = await fork_machine(nursery, parent, count, reseed=reseed, timeout_s=timeout_s)
+            return tuple(self._take_in(child) for child in children)
+
+        return await self._make(bear_children(), timeout_s, "the fork")
+
+    async def _snapshot(self, machine: MicrovmMachine, name: str, timeout_s: float) -> None:
+        async def keep() -> tuple[MicrovmMachine, ...]:
+            with self._saved.keeping(name, machine.root, machine.shape) as origin:
+                await save(machine, origin)
+                self._saved.describe(origin, machine.spec, self._machine_key)
+            return ()
+
+        await self._make(keep(), timeout_s, f"snapshot {name!r}")
+
+    async def _remove(self, machine: MicrovmMachine) -> None:
+        await end(machine.vm, machine.cgroup, machine.directory)
+        self._machines.discard(machine)
+
+    async def aclose(self) -> None:
+        for task in list(self._booting):
+            task.cancel()
+        if self._booting:
+            await asyncio.wait(list(self._booting))
+        await _discard(list(self._machines))
+        nursery, self._nursery = self._nursery, None
+        if nursery is not None and nursery.cgroups.version:
+            nursery.cgroups.remove_instance(self._options.instance)
+
+    @staticmethod
+    def reap(data_dir: Path, instance: str) -> None:
+        """Remove what a dead daemon's engine left: its VMMs, which the kernel has ended, its machines' directories.
+
+        Called by the host at start, for an instance whose lock is free.  Touches nothing of a living one.
+        Raises: OSError if something is still in use; the next start tries again.
+        """
+        groups = cgroups.detect()
+        if groups.version and not groups.remove_instance(instance):
+            raise OSError(f"control groups of {instance} are still in use")
+        for folder in (data_dir / "machines", data_dir):
+            if folder.is_dir():
+                for directory in folder.iterdir():
+                    if folder != data_dir or directory.name.startswith("boot-"):
+                        remove_tree(directory)
+
+
+async def _discard(machines: Sequence[MicrovmMachine]) -> None:
+    await asyncio.gather(*(machine.aclose() for machine in machines))

@@ -1,0 +1,80 @@
+"""A running machine saved, and others that go on from there: its forks, or itself at another time.
+
+The machine stands still while its device state, the memory that it changed and its disk are written, and goes on then;
+nothing else of what follows holds it up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+
+import anyio
+
+from podflare.engines.base import MachineSpec
+from podflare.engines.linux.ending import remove_tree
+from podflare.engines.microvm.birth import Nursery, bear
+from podflare.engines.microvm.disks import copy_disk
+from podflare.engines.microvm.machine import MicrovmMachine
+from podflare.engines.microvm.origins import Origin
+
+MARK_TIMEOUT_S = 20.0
+AT_A_TIME = 4
+"""Children that are restored at the same time."""
+
+
+async def fork_machine(
+    nursery: Nursery, parent: MicrovmMachine, count: int, *, reseed: bool, timeout_s: float
+) -> tuple[MicrovmMachine, ...]:
+    """All or none.  Precondition: no cell runs in the parent.
+
+    Raises: as `save` and `bear`.  If cancelled: no child exists.
+    """
+    # The variables of now are what parent and children have in common (guest/variables/bases.py).
+    await parent.control.ask({"mark": True}, timeout_s=min(timeout_s, MARK_TIMEOUT_S))
+    folder = nursery.machines_dir / f"state-{secrets.token_hex(8)}"
+    origin = Origin.within(folder, parent.root, parent.shape)
+    children: list[MicrovmMachine] = []
+    room = anyio.Semaphore(AT_A_TIME)
+    failures: list[Exception] = []
+
+    async def bear_one(scope: anyio.CancelScope) -> None:
+        spec = MachineSpec(parent.spec.template, parent.spec.limits, f"fork-{secrets.token_hex(4)}")
+        try:
+            async with room:
+                children.append(await bear(nursery, spec, origin, reseed=reseed, timeout_s=timeout_s))
+        except Exception as exc:  # noqa: BLE001  # told as it is, not as a group
+            failures.append(exc)
+            scope.cancel()
+
+    try:
+        folder.mkdir(mode=0o700)
+        await save(parent, origin)
+        async with anyio.create_task_group() as tasks:
+            for _ in range(count):
+                tasks.start_soon(bear_one, tasks.cancel_scope)
+        if failures:
+            raise failures[0]
+    except BaseException:
+        with anyio.CancelScope(shield=True):
+            for child in children:
+                await child.aclose()
+        raise
+    finally:
+        with anyio.CancelScope(shield=True):
+            # Those that go on from it hold what they need of it.
+            await asyncio.get_running_loop().run_in_executor(None, remove_tree, folder)
+    return tuple(children)
+
+
+async def save(machine: MicrovmMachine, origin: Origin) -> None:
+    """Write the machine as it is now to the files of `origin`, whose folder exists.
+
+    Raises: MachineFailed, OSError; the files are then the caller's to remove.
+    """
+    loop = asyncio.get_running_loop()
+
+    async def copy() -> None:
+        await loop.run_in_executor(None, copy_disk, machine.disk, origin.disk)
+
+    machine.pause_s = await machine.vm.capture(origin.saved, while_paused=copy)
