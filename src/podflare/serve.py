@@ -24,7 +24,7 @@ import anyio
 from podflare.engines.base import Engine, EngineOptions, EngineReport, Limits, MachineSpec
 from podflare.errors import BadRequest
 from podflare.host import telemetry
-from podflare.host.config import Config, check_start
+from podflare.host.config import Config, check_start, default_image_dir
 from podflare.host.recover import Instance, open_instance
 from podflare.host.store import MemoryStore, SqliteStore, Store
 from podflare.wire.api import DEFAULT_TEMPLATE
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from podflare.engines.microvm.image.build import Built
     from podflare.engines.microvm.image.store import ImageStore as ImageStore
 
-ENGINES = ("process",)
+ENGINES = ("process", "microvm")
 """Engines of this version, the first being the default."""
 KEEP_ALIVE_S = 75
 """Above every client's idle expiry, so that it is the client who closes and no request meets a closing connection."""
@@ -71,6 +71,7 @@ def serve(config: Config, engine: Callable[[EngineOptions], Engine] | None = Non
                 require=config.require,
                 template_dir="" if config.template_dir is None else str(config.template_dir.absolute()),
                 image_dir="" if config.image_dir is None else str(config.image_dir.absolute()),
+                snapshot_dir="" if config.embedded else str(config.data_dir.absolute() / "snapshots"),
             )
             anyio.run(
                 functools.partial(_run, config, (engine or make)(options), instance, sock),
@@ -87,18 +88,22 @@ def serve(config: Config, engine: Callable[[EngineOptions], Engine] | None = Non
 
 
 def probe_engines() -> list[EngineReport]:
-    """What this computer offers to each engine.  Starts nothing lasting."""
-    return anyio.run(_probe)
+    """What this computer offers to each engine, with the images of this user.  Starts nothing lasting."""
+    return anyio.run(_probe, EngineOptions("/nonexistent", "probe", image_dir=str(default_image_dir(os.environ))))
 
 
-async def _probe() -> list[EngineReport]:
+async def _probe(options: EngineOptions) -> list[EngineReport]:
     from podflare.egress.keeper import what_is_missing  # here: the daemon itself needs it for its first network only
 
     reports = []
     for name in ENGINES:
-        make, _ = _engine(name)
+        try:
+            make, _ = _engine(name)
+        except BadRequest as exc:
+            reports.append(EngineReport(name, usable=False, walls=(), problem=str(exc)))
+            continue
         with anyio.fail_after(PROBE_TIMEOUT_S):
-            found = await make(EngineOptions(data_dir="/nonexistent", instance="probe")).probe()
+            found = await make(options).probe()
         reports.append(replace(found, no_uplink=found.no_uplink or what_is_missing()))
     return reports
 
@@ -154,11 +159,18 @@ def build_image(
 
 
 def _engine(name: str) -> tuple[Callable[[EngineOptions], Engine], Callable[[Path, str], None]]:
-    """An engine's maker and its reaper.  Raises: BadRequest for an unknown name."""
+    """An engine's maker and its reaper.  Raises: BadRequest for an unknown name, and for one that lacks a package."""
     if name == "process":
         from podflare.engines.process.engine import ProcessEngine
 
         return ProcessEngine, ProcessEngine.reap
+    if name == "microvm":
+        try:
+            from podflare.engines.microvm.engine import MicrovmEngine
+        except ModuleNotFoundError as exc:
+            raise BadRequest(f"the microvm engine needs {exc.name}: pip install 'podflare[microvm]'") from exc
+
+        return MicrovmEngine, MicrovmEngine.reap
     raise BadRequest(f"unknown engine {name!r}; this version has: {', '.join(ENGINES)}")
 
 

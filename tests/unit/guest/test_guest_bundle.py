@@ -101,7 +101,7 @@ def test_bundle_can_be_built_again_over_itself(tmp_path):
     assert "class PodflareError" in (target / "podflare/errors.py").read_text()
 
 
-@pytest.mark.parametrize("arguments", [[], ["agent"], ["agent", "x"], ["agent", "1", "2"], ["nonsense"]])
+@pytest.mark.parametrize("arguments", [[], ["agent"], ["agent", "x"], ["agent", "1", "2", "3"], ["nonsense"]])
 def test_wrong_calls_are_explained(bundle, arguments):
     """A wrong call of the bundle exits with 2 and the usage."""
     done = subprocess.run([sys.executable, "-I", "-S", str(bundle), *arguments], capture_output=True, text=True)

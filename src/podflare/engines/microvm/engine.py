@@ -22,9 +22,10 @@ from podflare.engines.microvm.fork import fork_machine, save
 from podflare.engines.microvm.images import Images
 from podflare.engines.microvm.machine import MicrovmMachine
 from podflare.engines.microvm.origins import Origins
+from podflare.engines.microvm.probe import NO_UPLINK
 from podflare.engines.microvm.saved import SavedMachines
 from podflare.engines.microvm.vmm import Shape
-from podflare.errors import Conflict, DeadlineExceeded, IsolationIncomplete, MachineFailed, PodflareError
+from podflare.errors import Conflict, DeadlineExceeded, IsolationIncomplete, MachineFailed, NotBuilt, PodflareError
 from podflare.wire.api import TemplateInfo
 
 OWN_BYTES = 128 << 20
@@ -104,6 +105,8 @@ class MicrovmEngine:
     # Machines.
 
     async def create(self, spec: MachineSpec, *, timeout_s: float) -> MicrovmMachine:
+        if spec.uplink is not None:
+            raise NotBuilt(NO_UPLINK)
         [machine] = await self._make(self._bear(spec, timeout_s), timeout_s, "a new virtual machine")
         return machine
 

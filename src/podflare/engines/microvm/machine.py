@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from podflare.engines.base import Death, FileMerge, Limits, Machine, MachineSpec, Usage, Wall
+from podflare.engines.base import Death, FileMerge, Limits, Machine, MachineSpec, UplinkEnds, Usage, Wall
 from podflare.engines.linux.cgroups import Cgroup
 from podflare.engines.microvm.control import Control
 from podflare.engines.microvm.origins import Origin
@@ -29,6 +29,8 @@ KEPT_CONSOLES = 20
 
 class MicrovmMachine:
     """See engines.base.Machine for the contract."""
+
+    uplink: UplinkEnds | None = None
 
     def __init__(
         self, machine_id: str, spec: MachineSpec, vm: Vm, origin: Origin, directory: Path, cgroup: Cgroup | None
@@ -115,7 +117,7 @@ class MicrovmMachine:
             await self.limit_inside(limits)
         except (OSError, PodflareError) as exc:
             raise MachineFailed(f"machine {self.id}: limits could not be set: {exc}") from exc
-        self.spec = MachineSpec(self.spec.template, limits, self.spec.hostname)
+        self.spec = replace(self.spec, limits=limits)
 
     async def usage(self, *, detail: bool = False) -> Usage:
         if self._death.done():

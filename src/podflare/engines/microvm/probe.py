@@ -22,6 +22,7 @@ from podflare.errors import TemplateFailed, UnknownTemplate
 from podflare.wire.api import DEFAULT_TEMPLATE
 
 VERSION_TIMEOUT_S = 10.0
+NO_UPLINK = "machines of the microvm engine have no network yet; those of the process engine can"
 _PROGRAMS = (
     (BINARY, "apt install qemu-system-x86"),
     ("setpriv", "apt install util-linux"),
@@ -80,7 +81,7 @@ def report(images: Images) -> EngineReport:
             images.get(DEFAULT_TEMPLATE)
         except (UnknownTemplate, TemplateFailed) as exc:
             problem = str(exc)
-    return EngineReport("microvm", usable=not problem, walls=walls, problem=problem)
+    return EngineReport("microvm", usable=not problem, walls=walls, problem=problem, no_uplink=NO_UPLINK)
 
 
 def _walls() -> tuple[Wall, ...]:
