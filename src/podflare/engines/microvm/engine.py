@@ -25,7 +25,14 @@ from podflare.engines.microvm.origins import Origins
 from podflare.engines.microvm.probe import NO_UPLINK
 from podflare.engines.microvm.saved import SavedMachines
 from podflare.engines.microvm.vmm import Shape
-from podflare.errors import Conflict, DeadlineExceeded, IsolationIncomplete, MachineFailed, NotBuilt, PodflareError
+from podflare.errors import (
+    Conflict,
+    DeadlineExceeded,
+    EgressUnavailable,
+    IsolationIncomplete,
+    MachineFailed,
+    PodflareError,
+)
 from podflare.wire.api import TemplateInfo
 
 OWN_BYTES = 128 << 20
@@ -106,7 +113,7 @@ class MicrovmEngine:
 
     async def create(self, spec: MachineSpec, *, timeout_s: float) -> MicrovmMachine:
         if spec.uplink is not None:
-            raise NotBuilt(NO_UPLINK)
+            raise EgressUnavailable(NO_UPLINK)
         [machine] = await self._make(self._bear(spec, timeout_s), timeout_s, "a new virtual machine")
         return machine
 
