@@ -55,6 +55,7 @@ ZONE: dict[str, list[str]] = {
     "metadata.example.com": [METADATA],
     "own.example.com": [OWN],
     "silent.example.com": [SILENT],
+    "wrong.example.com": [WEB],
     "localhost.example.com": ["0.0.0.0"],
 }
 """Name -> addresses.  `rebind.example.com` alternates between public and private; `mute.example.com` gets no answer."""
@@ -134,6 +135,7 @@ class Inside:
         for fd in (self.tun, self.listener):
             if fd >= 0:
                 os.close(fd)
+        self.tun = self.listener = -1
         self._folder.cleanup()
 
 

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-import dns.flags
 import dns.message
 import dns.rcode
 import dns.rdatatype
@@ -50,7 +49,7 @@ def answer_name(wire: bytes) -> bytes | None:
     if name.startswith("mute."):
         return None
     addresses = worlds.ZONE.get(name)
-    if name.startswith("rebind."):
+    if name.startswith("rebind.") and question.rdtype == dns.rdatatype.A:
         addresses = [worlds.WEB if next(_turn) % 2 == 0 else worlds.PRIVATE]
     answer = dns.message.make_response(query)
     if addresses is None:
@@ -61,11 +60,10 @@ def answer_name(wire: bytes) -> bytes | None:
         if fitting and question.rdtype == dns.rdatatype.from_text(kind):
             answer.answer.append(dns.rrset.from_text(question.name, 1, "IN", kind, *fitting))
     if question.rdtype == dns.rdatatype.TXT:
-        answer.answer.append(dns.rrset.from_text(question.name, 1, "IN", "TXT", *['"%s"' % ("x" * 200)] * 10))
-        if len(answer.to_wire()) > 512 and query.edns < 0:
-            answer.answer.clear()
-            answer.flags |= dns.flags.TC
-    return answer.to_wire()
+        answer.answer.append(
+            dns.rrset.from_text(question.name, 1, "IN", "TXT", *[f'"{number}{"x" * 200}"' for number in range(10)])
+        )
+    return answer.to_wire(prefer_truncation=True)
 
 
 def serve_names() -> None:

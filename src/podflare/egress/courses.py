@@ -177,6 +177,8 @@ class SecretCourse:
         around, name, port = self._around, self._target.name, self._target.port
         headers = list(request.headers.raw_items())
         self._check(request)
+        if _host(request) is None:
+            headers.insert(0, (b"Host", name.encode()))  # HTTP/1.0 does without, and 1.1 is what is sent
         misplaced = around.secrets.misplaced(request.target, headers, name, port, secure=self._secure)
         if misplaced and not self._secure:
             raise _unsafe(around.journal, "secret", self._target)
@@ -194,13 +196,15 @@ class SecretCourse:
 
     def _check(self, request: h11.Request) -> None:
         """A server with many tenants goes by the Host header, so it must be the one that the value is for."""
+        if not self._secure:
+            return
         if request.method == b"TRACE":
             raise Denied(405, "TRACE is not possible here: its answer is the request, secrets included")
         if not request.target.startswith(b"/") and request.target != b"*":
             raise Denied(400, "the target of a request must begin with /")
-        hosts = [value for name, value in request.headers if name == b"host"]
         expected = self._target.name.encode()
-        if not hosts or hosts[0].lower() not in (expected, b"%s:%d" % (expected, self._target.port)):
+        host = _host(request)
+        if host is not None and host.lower() not in (expected, b"%s:%d" % (expected, self._target.port)):
             text = f"this connection is for {self._target.name}, and the Host header says otherwise"
             self._around.journal.note("secret", REFUSED, text, host=self._target.name, port=self._target.port)
             raise Denied(421, text)
@@ -245,6 +249,11 @@ class SecretCourse:
         if self._connected is not None:
             self._connected[0].close()
             self._connected = None
+
+
+def _host(request: h11.Request) -> bytes | None:
+    """The Host header; h11 lets at most one through."""
+    return next((value for name, value in request.headers if name == b"host"), None)
 
 
 def _unsafe(journal: Journal, protocol: str, target: Target) -> Denied:
