@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
+import vms
 from machines import LIMITS, DrivenMachine
 from podflare.engines.base import EngineOptions, Limits
+from podflare.engines.microvm.image.store import Image, ImageStore
 from podflare.engines.process.engine import ProcessEngine
 from podflare.wire.uplink import Uplink
 
@@ -91,6 +93,19 @@ def new_machine(portal: BlockingPortal, engine: ProcessEngine) -> Iterator[Calla
     yield make
     for machine in made:
         machine.close()
+
+
+@pytest.fixture(scope="session")
+def image_store(private_temp: Path) -> ImageStore:
+    """Images that tests share; skips where this computer cannot build them."""
+    vms.skip_without()
+    return vms.shared_store()
+
+
+@pytest.fixture(scope="session")
+def image(image_store: ImageStore) -> Image:
+    """The default template's image.  Built by the first test run of a checkout, in half a minute."""
+    return vms.default_image(image_store)
 
 
 @pytest.fixture(autouse=True)

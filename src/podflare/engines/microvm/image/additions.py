@@ -19,7 +19,7 @@ SETTINGS = "template.json"
 
 def check_python(definition: Definition, version: str) -> None:
     """Raises: TemplateFailed if the template is for another Python than the image's."""
-    if definition.python not in ("", version):
+    if definition.python not in ("", ".".join(version.split(".")[:2])):
         raise TemplateFailed(
             f"template {definition.name!r} asks for Python {definition.python}, but the distribution's, which images "
             f"have, is {version}"

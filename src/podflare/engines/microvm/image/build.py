@@ -60,9 +60,10 @@ class _Root:
 
 
 def guest_digest() -> str:
-    """Of the guest's code that this version of podflare puts into images."""
+    """Of the code that this version of podflare puts into images."""
     with tempfile.TemporaryDirectory() as folder:
-        return _digest(sorted((path, content.hex()) for path, content in _guest(Path(folder)).items()))
+        guest = _guest(Path(folder))
+    return _digest([initramfs.SCRIPT, sorted((path, content.hex()) for path, content in guest.items())])
 
 
 def build(recipe: Recipe, store: ImageStore, *, again: bool, tell: Progress, sources: Path | None = None) -> Built:
@@ -75,7 +76,7 @@ def build(recipe: Recipe, store: ImageStore, *, again: bool, tell: Progress, sou
     """
     tools.check()
     store.prepare()
-    definition, guest = _digest([files.FORMAT, _body(recipe), str(sources)]), guest_digest()
+    definition, guest = _digest([_own_code(), _body(recipe), str(sources)]), guest_digest()
     started = time.time()
     try:
         with store.building() as folder:
@@ -117,16 +118,16 @@ class _Build:
         self._apt.update()
         self._tell("choosing packages", 0.1)
         chosen = self._choose()
+        definition = self._recipe.definition
+        if definition is not None:
+            additions.check_python(definition, _python_of(chosen))
         self._fetch(chosen)
         with tempfile.TemporaryDirectory(dir=self._store.cache) as scratch:
             self._tell("unpacking Python", 0.4)
-            definition = self._recipe.definition
             python_folder = Path(scratch, "python")
             python_folder.mkdir()
             whole = definition is not None and bool(definition.packages)
             python = ImagePython.unpack(self._apt, chosen.root, python_folder, whole=whole)
-            if definition is not None:
-                additions.check_python(definition, python.version)
             self._write_kernel(chosen, python, Path(scratch, "guest"))
             root = self._write_root(chosen, python, Path(scratch))
         return Manifest(
@@ -136,7 +137,7 @@ class _Build:
             root=root.digest,
             files=tuple(_described(self._folder / name) for name in files.FILES),
             kernel=chosen.kernel.version,
-            python=next(deb.version for deb in chosen.root if deb.name == "python3"),
+            python=_python_of(chosen),
             packages=tuple((deb.name, deb.version) for deb in chosen.root),
             wheels=tuple((one.name, one.version) for one in root.wheels),
             missing_programs=root.missing_programs,
@@ -170,7 +171,7 @@ class _Build:
         definition = self._recipe.definition
         packages = [asdict(deb) for deb in chosen.root]
         if definition is None:
-            digest = _digest([files.FORMAT, packages])
+            digest = _digest([_own_code(), packages])
             if self._take_over(digest):
                 return _Root(digest)
         extra: list[rootfs.Entry] = []
@@ -214,6 +215,12 @@ class _Build:
         return False
 
 
+def _python_of(chosen: _Packages) -> str:
+    """Its version, as 3.11.2."""
+    found = next((deb.version for deb in chosen.root if deb.name == "python3"), "")
+    return found.partition("-")[0]
+
+
 def _guest(folder: Path) -> dict[str, bytes]:
     return initramfs.guest_files(build_bundle(folder))
 
@@ -222,6 +229,11 @@ def _described(path: Path) -> tuple[str, str, int]:
     path.chmod(0o644)
     with path.open("rb") as file:
         return path.name, digest_of(file.read), path.stat().st_size
+
+
+def _own_code() -> str:
+    """Of how images are made: another version makes other ones from the same packages."""
+    return _digest([path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))])
 
 
 def _body(recipe: Recipe) -> object:

@@ -102,4 +102,6 @@ class ImagePython:
 
     def for_the_image(self, content: bytes) -> bytes:
         """`content` of a command, with the image's interpreter instead of this one."""
-        return content.replace(str(self._launcher).encode(), EXECUTABLE.encode())
+        for path in (self._launcher, self.folder / "usr/bin" / f"python{self.version}"):
+            content = content.replace(str(path).encode(), EXECUTABLE.encode())
+        return content

@@ -13,7 +13,7 @@ SHELL = "busybox-static"
 _SYSTEM = (
     "base-files", "base-passwd", "bash", "bsdutils", "coreutils", "dash", "debianutils", "diffutils", "findutils",
     "grep", "gzip", "hostname", "libc-bin", "login", "mawk", "mount", "ncurses-base", "ncurses-bin", "passwd",
-    "perl-base", "procps", "sed", "sysvinit-utils", "tar", "tzdata", "util-linux",
+    "perl-base", "procps", "sed", "sysvinit-utils", "tar", "tzdata", "usr-is-merged", "util-linux",
 )  # fmt: skip
 """What every Debian has, without what only installing needs."""
 _TOOLS = ("bzip2", "ca-certificates", "curl", "file", "iproute2", "less", "unzip", "xz-utils", "zip")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import posixpath
 import subprocess
 import tarfile
@@ -19,7 +20,7 @@ from podflare.engines.microvm.image import debs, tools
 from podflare.errors import TemplateFailed
 
 MADE_AT = 1_700_000_000
-"""Time of files that are no package's."""
+"""Time of all files."""
 COMPRESSION = ("-comp", "lz4", "-b", "128K")
 """Cheap to read, for many machines read the same file."""
 _MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
@@ -36,14 +37,8 @@ _TAKEN_FROM = {
     "usr/share/base-files/nsswitch.conf": "etc/nsswitch.conf",
 }
 """What scripts of packages copy."""
-_LINKS = {
-    **{name: f"usr/{name}" for name in _MERGED},
-    "usr/bin/python": "python3",
-    "usr/bin/awk": "mawk",
-    "usr/bin/which": "which.debianutils",
-    "usr/bin/pager": "less",
-    "etc/mtab": "../proc/self/mounts",
-}
+_PROGRAM_LINKS = {"python": "python3", "awk": "mawk", "which": "which.debianutils", "pager": "less"}
+"""In usr/bin, where a package has what they point to."""
 _FOLDERS = ("dev", "etc/ssl/certs", "proc", "root", "run", "sys", "usr/local/bin", "var/tmp")
 _TEXTS = {
     "etc/hostname": "sandbox\n",
@@ -110,25 +105,31 @@ class Writer:
     def add_file(self, name: str, content: bytes, mode: int = 0o644) -> None:
         self._add_parents(name)
         entry = tarfile.TarInfo(name)
-        entry.size, entry.mode, entry.mtime = len(content), mode, MADE_AT
+        entry.size, entry.mode = len(content), mode
         self._add(entry, content)
 
     def add_link(self, name: str, target: str) -> None:
         self._add_parents(name)
         entry = tarfile.TarInfo(name)
-        entry.type, entry.linkname, entry.mode, entry.mtime = tarfile.SYMTYPE, target, 0o777, MADE_AT
+        entry.type, entry.linkname, entry.mode = tarfile.SYMTYPE, target, 0o777
         self._add(entry, b"")
 
     def add_folder(self, name: str, mode: int = 0o755) -> None:
         self._add_parents(name)
         entry = tarfile.TarInfo(name)
-        entry.type, entry.mode, entry.mtime = tarfile.DIRTYPE, mode, MADE_AT
+        entry.type, entry.mode = tarfile.DIRTYPE, mode
         self._add(entry, b"")
 
     def add_own(self) -> None:
         """What scripts of the packages would have made; after the last package."""
         for name in _FOLDERS:
             self.add_folder(name, 0o1777 if name.endswith("tmp") else 0o700 if name == "root" else 0o755)
+        self.add_link("etc/mtab", "../proc/self/mounts")
+        for name in filter(lambda name: self.has(f"usr/{name}"), _MERGED):
+            self.add_link(name, f"usr/{name}")
+        for name, target in _PROGRAM_LINKS.items():
+            if self.has(f"usr/bin/{target}"):
+                self.add_link(f"usr/bin/{name}", target)
         for name, text in _TEXTS.items():
             self.add_file(name, text.encode(), 0o640 if name == "etc/shadow" else 0o644)
         self.add_file("etc/ssl/certs/ca-certificates.crt", b"".join(self._certificates.values()))
@@ -164,17 +165,17 @@ def write(target: Path, fill: Callable[[Writer], None]) -> None:
     Args: target: a file that is not there yet.
     Raises: TemplateFailed; OSError.
     """
-    command = ["sqfstar", *COMPRESSION, "-no-progress", "-quiet", "-mkfs-time", str(MADE_AT), "-reproducible"]
-    command += ["-no-xattrs", "-root-mode", "755", "-root-uid", "0", "-root-gid", "0", "-root-time", str(MADE_AT)]
+    command = ["sqfstar", *COMPRESSION, "-no-progress", "-quiet", "-reproducible", "-no-xattrs"]
+    command += ["-root-mode", "755", "-root-uid", "0", "-root-gid", "0", str(target)]
+    # All times become this one; that of the root directory can be set by no other means.
+    environment = {**os.environ, "SOURCE_DATE_EPOCH": str(MADE_AT)}
     with subprocess.Popen(
-        [*command, str(target)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
     ) as process:
         assert process.stdin is not None and process.stderr is not None
         try:
             with tarfile.open(fileobj=process.stdin, mode="w|", format=tarfile.GNU_FORMAT) as archive:
                 writer = Writer(archive)
-                for name, link in _LINKS.items():
-                    writer.add_link(name, link)
                 fill(writer)
                 writer.add_own()
             process.stdin.close()

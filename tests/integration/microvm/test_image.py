@@ -1,0 +1,198 @@
+"""Images from real packages: what is in them, that two builds are the same, and the command that makes them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from podflare.engines.microvm.image import recipe
+from podflare.engines.microvm.image.build import build, guest_digest
+from podflare.engines.microvm.image.recipe import Recipe
+from podflare.engines.microvm.image.store import Image, ImageStore
+from podflare.engines.templates.definition import parse
+from podflare.errors import TemplateFailed, UnknownTemplate
+from wheels import make_wheel
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+SMALL = Recipe("small", ("base-files", "python3"))
+DEFINITION = b"""
+name = "tried"
+packages = ["greeting"]
+preload = ["greeting"]
+[environment]
+MODE = "fast"
+[files]
+"/data/in" = "folder"
+"/root/note.txt" = "note.txt"
+[programs]
+"viewer|less" = "less"
+"ghost" = "no-such-package-anywhere"
+"""
+
+
+def podflare(*words: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
+    environment = dict(os.environ) if path is None else {**os.environ, "PATH": path}
+    command = [sys.executable, "-m", "podflare", "image", *words]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def listing(image: Image) -> dict[str, str]:
+    """Path in the root -> what `ls -l` shows of it."""
+    done = subprocess.run(["unsquashfs", "-lln", str(image.rootfs)], capture_output=True, text=True, check=True)
+    rows = [line.split(None, 5) for line in done.stdout.splitlines() if "squashfs-root" in line]
+    return {row[5].split(" -> ")[0].removeprefix("squashfs-root/"): " ".join((row[0], row[1], row[5])) for row in rows}
+
+
+def content(image: Image, path: str) -> bytes:
+    return subprocess.run(["unsquashfs", "-cat", str(image.rootfs), path], capture_output=True, check=True).stdout
+
+
+def store_beside(kept: ImageStore, folder: Path) -> ImageStore:
+    """An empty store that need not fetch again what is in the cache of `kept`."""
+    store = ImageStore(folder)
+    store.prepare()
+    (store.cache / "archives" / "partial").mkdir(parents=True)
+    for archive in (kept.cache / "archives").glob("*.deb"):
+        shutil.copyfile(archive, store.cache / "archives" / archive.name)
+    return store
+
+
+def test_two_builds_from_the_same_packages_are_the_same(image_store, image, tmp_path):
+    """Two builds of one recipe in two stores are equal byte by byte, even if the second found a damaged package."""
+    checksums = []
+    for number in range(2):
+        told: list[float] = []
+        store = store_beside(image_store, tmp_path / str(number))
+        if number == 1:
+            victim = next((store.cache / "archives").glob("base-files_*.deb"))
+            victim.write_bytes(bytes(victim.stat().st_size))
+        built = build(SMALL, store, again=False, tell=lambda step, done, told=told: told.append(done))
+        assert told == sorted(told) and told[0] == 0 and 0.9 < told[-1] <= 1
+        assert not built.cached
+        store.verify(built.image)
+        checksums.append(built.image.checksum)
+        shutil.rmtree(store.root)
+    assert checksums[0] == checksums[1]
+
+
+def test_what_is_in_the_default_image(image):
+    """The root has a shell, Python with compiled modules, accounts and certificates, belongs to root, and is small."""
+    found = listing(image)
+    for path in ("usr/bin/bash", "usr/bin/python3", "usr/bin/python", "usr/bin/awk", "usr/bin/curl", "etc/passwd"):
+        assert path in found, path
+    assert found["bin"] == "lrwxrwxrwx 0/0 squashfs-root/bin -> usr/bin"
+    assert found["root"].startswith("drwx------ 0/0 ")
+    assert found["tmp"].startswith("drwxrwxrwt 0/0 ")
+    assert any(path.startswith("usr/lib/python3.") and "/json/__pycache__/decoder.cpython-" in path for path in found)
+    assert not any(path.startswith("usr/share/man/") for path in found)
+    assert not any(path.startswith(("boot/vmlinuz", "var/lib/dpkg/info/")) for path in found)
+    assert {row.split()[1].split("/")[0] for row in found.values()} == {"0"}
+    assert b"root:*:0:0:" in content(image, "etc/passwd")
+    assert content(image, "etc/ssl/certs/ca-certificates.crt").count(b"BEGIN CERTIFICATE") > 50
+    assert image.kernel.read_bytes()[0x202:0x206] == b"HdrS"
+    assert image.vmlinux.read_bytes()[:4] == b"\x7fELF"
+    assert image.manifest.size_bytes < 150 * 2**20
+    assert image.manifest.guest == guest_digest()
+
+
+def test_a_template_brings_packages_files_and_settings(image_store, image, tmp_path):
+    """A template's image has its wheels with commands for the image's Python, its files, and links to programs."""
+    greeting = {
+        "greeting.py": "word = 'hello'\n",
+        "greeting-1.0.dist-info/entry_points.txt": "[console_scripts]\ngreet=greeting:word.upper\n",
+    }
+    make_wheel(tmp_path, "greeting", "1.0", greeting)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a").write_text("data")
+    (tmp_path / "folder" / "b").symlink_to("a")
+    (tmp_path / "note.txt").write_text("remember")
+    before = {name: os.environ.get(name) for name in ("PIP_NO_INDEX", "PIP_FIND_LINKS")}
+    os.environ.update(PIP_NO_INDEX="1", PIP_FIND_LINKS=str(tmp_path))
+    try:
+        wanted = replace(recipe.of(parse(DEFINITION, tmp_path)), packages=(*SMALL.packages, "less"))
+        built = build(wanted, image_store, again=True, tell=lambda step, done: None)
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+    try:
+        found = listing(built.image)
+        assert content(built.image, "data/in/a") == b"data"
+        assert found["data/in/b"].endswith("-> a")
+        assert content(built.image, "root/note.txt") == b"remember"
+        assert content(built.image, "opt/template/packages/greeting.py") == greeting["greeting.py"].encode()
+        assert any(path.startswith("opt/template/packages/__pycache__/greeting.") for path in found)
+        assert content(built.image, "opt/template/packages/bin/greet").splitlines()[0] == b"#!/usr/bin/python3"
+        assert found["usr/local/bin/viewer"].endswith("-> /usr/bin/less")
+        assert built.image.manifest.missing_programs == ("ghost",)
+        assert built.image.manifest.wheels == (("greeting", "1.0"),)
+        assert b'"MODE": "fast"' in built.image.initrd.read_bytes()
+        assert built.image.rootfs.stat().st_ino != image.rootfs.stat().st_ino
+    finally:
+        image_store.remove("tried")
+
+
+def test_a_template_for_another_python_is_refused(image_store, image):
+    """A template that asks for a Python which the distribution does not have is refused, and nothing is left."""
+    definition = parse(b'name = "old"\npython = "3.9"', Path())
+    with pytest.raises(TemplateFailed, match=r"asks for Python 3\.9, but the distribution's"):
+        build(recipe.of(definition), image_store, again=False, tell=lambda step, done: None)
+    assert "old" not in image_store.names()
+    assert not list((image_store.root / "images").glob("building-*"))
+
+
+def test_the_command_lists_checks_and_removes(image_store, image, tmp_path):
+    """`podflare image` finds a build already done, lists images, finds damage, and removes them."""
+    where = ("--image-dir", str(tmp_path / "copy"))
+    shutil.copytree(
+        image_store.root, tmp_path / "copy", ignore=lambda folder, names: [n for n in names if n == "cache"]
+    )
+    done = podflare("build", *where)
+    assert (done.returncode, "nothing has changed" in done.stdout) == (0, True), done.stderr
+    rows = json.loads(podflare("ls", "--verify", "--json", *where).stdout)
+    assert [(row["name"], row["state"], row["sha256"]) for row in rows if row["name"] == "default"] == [
+        ("default", "verified", image.checksum)
+    ]
+    victim = ImageStore(tmp_path / "copy").get("default").initrd
+    with victim.open("r+b") as file:
+        file.seek(100)
+        file.write(b"damage")
+    done = podflare("ls", "--verify", *where)
+    assert done.returncode == 1 and "initrd is not what was built" in done.stderr and "BROKEN" in done.stdout
+    victim.write_bytes(b"cut")
+    with pytest.raises(TemplateFailed, match="initrd has 3 bytes instead of"):
+        ImageStore(tmp_path / "copy").get("default")
+    assert podflare("rm", "default", "--cache", *where).returncode == 0
+    assert not (tmp_path / "copy" / "images" / victim.parent.name).exists()
+    done = podflare("rm", "default", *where)
+    assert (done.returncode, done.stdout) == (1, "") and "no image 'default' has been built" in done.stderr
+    with pytest.raises(UnknownTemplate, match="podflare image build --template default makes it"):
+        ImageStore(tmp_path / "copy").get("default")
+
+
+def test_what_is_missing_is_said(tmp_path):
+    """Without its tools a build names all that are missing and the packages that have them, in one line, at once."""
+    done = podflare("build", "--image-dir", str(tmp_path / "i"), path=str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "apt-get, apt-cache, dpkg-deb, sqfstar, lz4" in done.stderr
+    assert "apt-get install apt dpkg squashfs-tools lz4" in done.stderr
+    assert not (tmp_path / "i").exists()
+
+
+def test_unknown_packages_and_sources_are_said(image_store, tmp_path):
+    """What apt says of a package or a source that does not exist reaches the user in one line."""
+    store = ImageStore(tmp_path / "images")
+    sources = tmp_path / "sources.list"
+    sources.write_text(f"deb [trusted=yes] file:{tmp_path}/nowhere ./\n")
+    done = podflare("build", "--image-dir", str(store.root), "--sources", str(sources))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "apt-get failed with status 100" in done.stderr and "nowhere" in done.stderr
+    assert store.names() == ()
