@@ -25,7 +25,7 @@ demo: setup ## an agent works in a sandbox; a program for the hosted tool runs h
 	@$(PY) -m podflare demo $(ARGS)
 
 test: ## set up and run every test but the soak ones; as root, the user-dependent ones once more as nobody
-	@scripts/setup.sh --real-client
+	@scripts/setup.sh --microvm --real-client
 	$(PYTEST) -n $(JOBS) -m "not soak" $(TESTS) $(ARGS)
 	@if [ "$(TESTS)" = tests ] && [ "$$(id -u)" = 0 ]; then $(MAKE) test-user; fi
 

@@ -2,6 +2,7 @@
 # Makes .venv in the checkout, with podflare (editable) and every extra.  Returns at once when nothing changed.
 #
 #   scripts/setup.sh                 the development environment
+#   scripts/setup.sh --microvm       besides it the system's packages for virtual machines (as root; else it says which)
 #   scripts/setup.sh --real-client   besides it .venv-client, holding published clients that tests drive: podflare's, and an old one of Anthropic's
 #
 # PYTHON=/path/to/python3 chooses the interpreter.
@@ -61,6 +62,27 @@ libseccomp.so.2 libseccomp2
 PACKAGES
 }
 
+# What building images and running virtual machines calls.  Never stops the set-up: tests of the rest need none of it.
+microvm_packages() {
+  local program package missing=()
+  while read -r program package; do
+    PATH=$PATH:/usr/sbin:/sbin command -v "$program" >/dev/null || missing+=("$package")
+  done <<'PROGRAMS'
+qemu-system-x86_64 qemu-system-x86
+sqfstar squashfs-tools
+lz4 lz4
+mkfs.ext4 e2fsprogs
+ip iproute2
+PROGRAMS
+  [ ${#missing[@]} -gt 0 ] || return 0
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    printf 'setup: installing %s for virtual machines\n' "${missing[*]}"
+    apt_install "${missing[@]}" >/dev/null && return
+  fi
+  printf 'setup: virtual machines need %s, not installed: their tests will be skipped (as root: apt-get install %s)\n' \
+    "${missing[*]}" "${missing[*]}" >&2
+}
+
 # environment STAMP_INPUTS: the path is part of it, because a moved environment has scripts that point elsewhere.
 fingerprint() { { pwd -P && cat "$@"; } | sha256sum | cut -d' ' -f1; }
 
@@ -79,6 +101,7 @@ main_environment() {
   now=$(fingerprint pyproject.toml requirements/dev.lock scripts/setup.sh)
   stamp=.venv/.setup-stamp
   [ "$(cat $stamp 2>/dev/null || true)" = "$now" ] && [ -x .venv/bin/podflare ] && return
+  [ ! -L .venv ] || die ".venv is a link to $(readlink .venv), and making it anew would empty that; run make setup there"
   writable .venv || die ".venv is out of date and belongs to another user; ask its owner to run make setup, or use a clone of your own"
   python=$(choose_python)
   system_packages "$python"
@@ -112,4 +135,10 @@ client_environment() {
 exec 9<. # two runs at a time in one checkout: the second waits, then finds the work done
 flock 9
 main_environment
-[ "${1:-}" != --real-client ] || client_environment
+for part in "$@"; do
+  case $part in
+    --real-client) client_environment ;;
+    --microvm) microvm_packages ;;
+    *) die "unknown option $part" ;;
+  esac
+done
