@@ -56,6 +56,7 @@ ZONE: dict[str, list[str]] = {
     "own.example.com": [OWN],
     "silent.example.com": [SILENT],
     "wrong.example.com": [WEB],
+    "own-mapped.example.com": [f"::ffff:{OWN}", "64:ff9b::5db8:d802"],
     "localhost.example.com": ["0.0.0.0"],
 }
 """Name -> addresses.  `rebind.example.com` alternates between public and private; `mute.example.com` gets no answer."""

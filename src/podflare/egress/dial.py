@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import anyio
 
-from podflare.egress.addresses import Address
+from podflare.egress.addresses import Address, plain
 from podflare.egress.policy import Policy
 from podflare.egress.resolver import Resolver, Unresolved
 from podflare.egress.routes import Routes
@@ -108,7 +108,8 @@ class Dialler:
         if why := policy.refuses_address(address, port, named=named):
             return why
         try:
-            own = self._routes.is_own(address)
+            # Of an address within an address the kernel's tables know nothing, and deliver to it all the same.
+            own = self._routes.is_own(address) or self._routes.is_own(plain(address))
         except OSError as error:
             return f"{address} could not be checked: {error}"
         return f"{address} is an address of the daemon's machine: no sandbox may reach it" if own else ""

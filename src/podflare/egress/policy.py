@@ -257,7 +257,7 @@ def _parse_network(text: str) -> Network | None:
     try:
         return ipaddress.ip_network((start, int(bits)))
     except ValueError as error:
-        raise BadRequest(f"{text[:80]!r} is not a network: {error}") from error
+        raise BadRequest(f"egress: {text[:80]!r} is not a network: {error}") from error
 
 
 def _name_rule(host: str, port: int | None) -> NameRule:

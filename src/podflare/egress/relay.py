@@ -10,7 +10,7 @@ import anyio
 
 from podflare.egress.journal import Entry
 
-CHUNK = 256 * 1024
+CHUNK = 128 * 1024
 IDLE_S = 3600.0
 """Without a byte in either direction; a dead other side is found by keepalive before."""
 HALF_CLOSED_IDLE_S = 300.0

@@ -11,6 +11,7 @@ INSIDE_NAMES = [
     "mapped.example.com",
     "metadata.example.com",
     "own.example.com",
+    "own-mapped.example.com",
     "localhost.example.com",
 ]
 
@@ -64,7 +65,8 @@ def proxied(host, port):
 def asked(host, port):
     return talk(PROXY, f"GET http://{host}:{port}/ HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n".encode())
 found = {}
-six = ["[::1]", "[::ffff:10.77.0.5]", "[::ffff:127.0.0.1]", "[64:ff9b::a9fe:a9fe]", "[2002:a4d:5::1]", OWN6]
+six = ["[::1]", "[::ffff:10.77.0.5]", "[::ffff:127.0.0.1]", "[64:ff9b::a9fe:a9fe]", "[2002:a4d:5::1]", OWN6,
+       "[::ffff:93.184.216.2]", "[::ffff:5db8:d802]", "[64:ff9b::5db8:d802]"]
 for port in PORTS:
     for host in ADDRESSES + NAMES:
         if host not in ("127.0.0.1", "0.0.0.0", "198.18.0.2"):  # those of the sandbox itself
