@@ -10,11 +10,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
+from podflare import Sandbox, close_default_client
 
 START_S = 40.0
 STOP_S = 20.0
@@ -30,14 +30,21 @@ class ServedDaemon:
 
 @contextlib.contextmanager
 def served(
-    folder: Path, *words: str, env: Mapping[str, str] | None = None, gate: bool = False
+    folder: Path,
+    *words: str,
+    env: Mapping[str, str] | None = None,
+    gate: bool = False,
+    enter: Sequence[str] = (),
 ) -> Iterator[ServedDaemon]:
     """Serve on a free port of loopback, with what it keeps under `folder`; `words` are further options.
 
-    Args: gate: start the process for egress, too, which then lives as long as the daemon.
+    Args:
+        gate: start the process for egress, too, which then lives as long as the daemon.
+        enter: words before the command that lead into another network: then it serves on a Unix socket.
     Without a pool: what is refilled after a test would look like a leak of that test.
     """
-    command = [sys.executable, "-m", "podflare", "serve", "--host", "127.0.0.1", "--port", "0", "--announce"]
+    where = ["--uds", f"{folder}/s"] if enter else ["--host", "127.0.0.1", "--port", "0"]
+    command = [*enter, sys.executable, "-m", "podflare", "serve", *where, "--announce"]
     command += ["--data-dir", f"{folder}/d", "--pool-size", "0", *words]
     descriptor, name = tempfile.mkstemp(prefix="log", dir=folder)
     log = Path(name)
@@ -52,9 +59,8 @@ def served(
         assert line, log.read_text()
         daemon = ServedDaemon(json.loads(line)["address"], process.pid)
         if gate:
-            httpx.post(f"{daemon.url}/v1/sandboxes", json={"egress": True}, timeout=START_S).raise_for_status()
-            for sandbox in httpx.get(f"{daemon.url}/v1/sandboxes").json()["sandboxes"]:
-                httpx.delete(f"{daemon.url}/v1/sandboxes/{sandbox['id']}", timeout=START_S).raise_for_status()
+            Sandbox(host=daemon.url, egress=True).close()
+            close_default_client()
         yield daemon
     finally:
         process.send_signal(signal.SIGTERM)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from machines import DrivenMachine
+from networks import networked as networked
 
 
 @pytest.fixture

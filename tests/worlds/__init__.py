@@ -90,6 +90,12 @@ class World:
         """HTTP requests that its servers got, since the last call."""
         return list(self.ask(op="requests"))
 
+    def publish(self, path: str, content: bytes) -> None:
+        """Have its web servers answer a GET of `path` with `content`, on every name."""
+        file = self.ca_file.parent / "www" / path.strip("/")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+
 
 class Inside:
     """A network namespace with the tun and the listener of a machine, and a process that runs Python in it."""

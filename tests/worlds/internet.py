@@ -115,6 +115,13 @@ class Web(BaseHTTPRequestHandler):
         REQUESTS.append(seen)
         url = urlsplit(self.path)
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
+        published = Path(sys.argv[1], "www", url.path.strip("/"))
+        if published.is_dir():
+            published /= "index"
+        if published.is_file():
+            kind = "application/octet-stream" if published.suffix else "text/html"
+            self._send(200, published.read_bytes(), ("Content-Type", kind))
+            return
         action: Callable[..., None] = getattr(self, "act_" + url.path.strip("/"), self.act_echo)
         action(seen, query)
 

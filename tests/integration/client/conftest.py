@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from daemons import ServedDaemon, served
+from networks import networked as networked
 from podflare import Sandbox, close_default_client
 
 
