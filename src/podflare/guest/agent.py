@@ -18,7 +18,7 @@ from podflare.errors import ProtocolError
 from podflare.guest import environment, files, processes, shell
 from podflare.guest.interpreter import GuestBroken, Interpreter, describe_end
 from podflare.guest.interrupts import INTERRUPT_SIGNAL
-from podflare.guest.link import Link
+from podflare.guest.link import Connection, Link
 from podflare.guest.output import Output, Stream
 from podflare.guest.poller import READ, WRITE, Poller
 from podflare.guest.supervision import Mark, Renew, SupervisorLine
@@ -59,7 +59,7 @@ _LAST_READS = 64
 
 
 def run(
-    channel: socket.socket,
+    channel: Connection,
     *,
     home: str,
     before_repl: Callable[[], None],
@@ -74,13 +74,14 @@ def run(
     status 0 after the host's end, 1 if the guest cannot go on; then a line on standard error says why.
 
     Args:
-        channel: connected stream socket; this process owns it from now on.
+        channel: one end of a connected stream; this process owns it from now on.
         home: home directory and first working directory of user code; exists.
         before_repl: called in every new REPL process before it does anything.
         fork_line: descriptor on which the REPL takes fork orders; None where the engine forks by other means.
         hand_over: the first REPL is forked from another machine's: see Interpreter.adopt.
         carrier: the first REPL is copied from another machine's: see Interpreter.await_carried.
-        supervisor: SOCK_SEQPACKET socket to who copies whole machines (supervision.py); owned as `channel`.
+        supervisor: SOCK_SEQPACKET socket to who copies whole machines (supervision.py); owned as `channel`, whose
+            end is then not the end of this process, but the supervisor's is.
     """
     status = 1
     census: Optional[processes.Census] = None
@@ -146,7 +147,7 @@ class Agent:
 
     def __init__(
         self,
-        channel: socket.socket,
+        channel: Connection,
         census: processes.Census,
         home: str,
         before_repl: Callable[[], None],
@@ -203,7 +204,8 @@ class Agent:
     def _set_interest(self) -> None:
         """What to wait for: with a full outbox nothing that would fill it more, but the host in any case."""
         host, link = self._host, self._interpreter.link
-        self._poller.watch(host.sock.fileno(), READ | (WRITE if host.queued else 0), self._on_host)
+        if host.sock.fileno() >= 0:
+            self._poller.watch(host.sock.fileno(), READ | (WRITE if host.queued else 0), self._on_host)
         take = 0 if host.full else READ
         for stream, handler in zip(self._output.streams, self._stream_handlers):
             self._poller.watch(stream.read_fd, take, handler)
@@ -230,7 +232,14 @@ class Agent:
     def _on_host(self, events: int) -> None:
         if events & WRITE:
             self._host.flush()
-        for frame in self._host.receive():
+        try:
+            received = self._host.receive()
+        except EOFError:
+            if self._supervisor is None:
+                raise
+            self._leave_host()
+            return
+        for frame in received:
             if frame.kind == frames.DATA:
                 if not self._pass_on(frame):
                     self._files.data(frame.channel, frame.payload)
@@ -283,7 +292,9 @@ class Agent:
         if order is None:
             return
         if isinstance(order, Renew):
-            self._take_channel(order.channel)
+            self._leave_host()
+            self._host = Link(order.channel, token=order.token)
+            self._files = files.Transfers(self._host, self._home)
         if self._cell is not None:
             line.fail("a cell runs")
         elif isinstance(order, Mark):
@@ -291,13 +302,12 @@ class Agent:
         else:
             self._ask_interpreter(Settle(reseed=order.reseed), lambda: self._settled(line))
 
-    def _take_channel(self, channel: socket.socket) -> None:
-        """This machine is a copy: what was under way with the host of the other one is not for this one's."""
+    def _leave_host(self) -> None:
+        """What was under way with it is over: it went away, or this machine is a copy of one that goes on with it."""
         self._files.drop_all()
-        self._poller.forget(self._host.sock.fileno())
-        self._host.sock.close()
-        self._host = Link(channel)
-        self._files = files.Transfers(self._host, self._home)
+        if self._host.sock.fileno() >= 0:
+            self._poller.forget(self._host.sock.fileno())
+            self._host.sock.close()
 
     def _ask_interpreter(self, message: Union[ForkComes, Settle], then: Callable[[], None]) -> None:
         """Have the REPL do something of which the host knows nothing, then call `then`."""

@@ -1,15 +1,15 @@
 """One framed byte channel with a buffer for what could not be sent yet.
 
-Owns a connected, non-blocking stream socket.  Knows frames, not messages.  The buffer is bounded by its
-users: they look at `full` before they take in more to send.
+Owns one end of a connected stream: a socket, or a character device that works like one.  Knows frames, not messages.
+The buffer is bounded by its users: they look at `full` before they take in more to send.
 """
 
 from __future__ import annotations
 
-import socket
+import os
 from collections import deque
 from itertools import islice
-from typing import Deque, List
+from typing import Deque, List, Optional, Protocol
 
 from podflare.wire import frames
 
@@ -20,15 +20,57 @@ _GATHER = 16
 """Frames that one system call takes at most."""
 
 
+class Connection(Protocol):
+    """One end; owned by its link."""
+
+    def fileno(self) -> int: ...
+
+    def close(self) -> None: ...
+
+
+class Descriptor:
+    """A stream of which only the descriptor is known."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+class TokenSearch:
+    """Drops a stream up to a token, wherever it is cut into pieces."""
+
+    def __init__(self, token: bytes) -> None:
+        self._token = token
+        self._tail = b""
+
+    def feed(self, data: bytes) -> Optional[bytes]:
+        """What follows the token; None as long as it has not come."""
+        self._tail += data
+        at = self._tail.find(self._token)
+        if at >= 0:
+            return self._tail[at + len(self._token) :]
+        self._tail = self._tail[max(0, len(self._tail) - len(self._token) + 1) :]
+        return None
+
+
 class Link:
     """Sends at once what the kernel takes, keeps the rest in order."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        sock.setblocking(False)
+    def __init__(self, sock: Connection, *, token: bytes = b"") -> None:
+        """Args: token: bytes of a former conversation come first in both directions; it stands between."""
+        os.set_blocking(sock.fileno(), False)
         self.sock = sock
-        self.queued = 0
+        self.queued = len(token)
+        self._search = TokenSearch(token) if token else None
         self._decoder = frames.Decoder()
-        self._waiting: Deque[memoryview] = deque()
+        self._waiting: Deque[memoryview] = deque([memoryview(token)] if token else ())
         # Kept, for a fresh buffer of this size means two system calls to map and unmap it at each call.
         self._inbox = memoryview(bytearray(_RECEIVE_BYTES))
 
@@ -42,14 +84,20 @@ class Link:
         Raises: EOFError at the end of the stream or when the peer is gone; ProtocolError for bytes that are no frames.
         """
         try:
-            size = self.sock.recv_into(self._inbox)
+            size = os.readv(self.sock.fileno(), [self._inbox])
         except (BlockingIOError, InterruptedError):
             return []
         except OSError as exc:
             raise EOFError(str(exc)) from exc
         if not size:
             raise EOFError("end of stream")
-        return self._decoder.feed(self._inbox[:size])
+        if self._search is None:
+            return self._decoder.feed(self._inbox[:size])
+        rest = self._search.feed(bytes(self._inbox[:size]))
+        if rest is None:
+            return []
+        self._search = None
+        return self._decoder.feed(rest)
 
     def send(self, kind: int, channel: int, payload: bytes) -> None:
         """Send or queue one frame.  A peer that is gone is noticed by `receive`, not here."""
@@ -68,7 +116,7 @@ class Link:
         waiting = self._waiting
         try:
             while waiting:
-                sent = self.sock.sendmsg(tuple(islice(waiting, _GATHER)))
+                sent = os.writev(self.sock.fileno(), tuple(islice(waiting, _GATHER)))
                 self.queued -= sent
                 while waiting and sent >= len(waiting[0]):
                     sent -= len(waiting.popleft())

@@ -12,6 +12,8 @@ import socket
 from dataclasses import dataclass
 from typing import Optional
 
+from podflare.guest.link import Descriptor
+
 MAX_PACKET_BYTES = 4096
 _MAX_FDS = 4
 
@@ -25,8 +27,10 @@ class Mark:
 class Renew:
     """This machine is a copy: go on with the host at the other end of `channel`."""
 
-    channel: socket.socket
+    channel: Descriptor
     reseed: bool
+    token: bytes
+    """Up to which the channel carries what was meant for the former machine; empty: it is a new one."""
 
 
 class SupervisorLine:
@@ -53,7 +57,9 @@ class SupervisorLine:
             os.set_inheritable(fd, False)
         body = json.loads(data)
         if "renew" in body and len(fds) == 1:
-            return Renew(socket.socket(fileno=fds[0]), bool(body["renew"].get("reseed", True)))
+            renew = body["renew"]
+            token = bytes.fromhex(renew.get("token", ""))
+            return Renew(Descriptor(fds[0]), bool(renew.get("reseed", True)), token)
         for fd in fds:
             os.close(fd)
         if "mark" in body:

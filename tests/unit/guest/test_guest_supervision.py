@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 from guest_driver import Guest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from podflare.guest.link import TokenSearch
 from podflare.wire import frames
 from podflare.wire.messages import Exec, FileWrite, from_guest, to_payload
 from podflare.wire.variables import VariablesSurvey, VariablesTable
@@ -30,11 +33,15 @@ class Supervisor:
         answer: dict[str, Any] = json.loads(self.sock.recv(4096))
         return answer
 
-    def renew(self, guest: Guest, *, reseed: bool = True) -> dict[str, Any]:
-        """Give the guest a new channel, which the driver then speaks over."""
+    def renew(self, guest: Guest, *, reseed: bool = True, token: bytes = b"", stale: bytes = b"") -> dict[str, Any]:
+        """Give the guest a new channel, which the driver then speaks over.
+
+        Args: stale: what lies in it from before, with `token` behind it.
+        """
         ours, theirs = socket.socketpair()
+        ours.sendall(stale + token)
         with theirs:
-            answer = self.order({"renew": {"reseed": reseed}}, (theirs.fileno(),))
+            answer = self.order({"renew": {"reseed": reseed, "token": token.hex()}}, (theirs.fileno(),))
         guest.move_to(ours)
         return answer
 
@@ -66,6 +73,44 @@ def test_a_new_channel(supervised):
         assert old.recv(1) == b""
     assert guest.run("x + 1").value == "42"
     assert guest.run("import os; os.listdir()").value == "[]"
+
+
+def test_what_was_under_way_is_dropped(supervised):
+    """Of a channel with a past both sides drop what comes before the token, however it is cut."""
+    guest, supervisor = supervised
+    token = bytes(range(100, 132))
+    half = frames.encode(frames.MESSAGE, 7, to_payload(Exec(code="x = 0")))[:20]
+    assert supervisor.renew(guest, token=token, stale=half + token[:-1]) == {"renewed": True}
+    assert guest.sock.recv(len(token), socket.MSG_WAITALL) == token
+    guest.wait_ready()
+    assert guest.run("'x' in globals()").value == "False"
+
+
+def test_the_host_may_go_away(supervised):
+    """Without its host a supervised guest waits for another one, and ends with its supervisor."""
+    guest, supervisor = supervised
+    guest.run("x = 41")
+    guest.sock.close()
+    assert supervisor.renew(guest) == {"renewed": True}
+    guest.wait_ready()
+    assert guest.run("x").value == "41"
+    guest.sock.close()
+    supervisor.sock.close()
+    guest.process.wait(TIMEOUT_S)
+
+
+@given(st.binary(max_size=40), st.binary(max_size=20), st.lists(st.integers(1, 9), max_size=30))
+def test_a_token_is_found_however_the_stream_is_cut(before: bytes, after: bytes, cuts: list[int]) -> None:
+    """What follows a token is kept whole, wherever pieces end."""
+    token, stream = b"\xff" * 4, before.replace(b"\xff", b"\xfe") + b"\xff" * 4 + after
+    search, rest, at = TokenSearch(token), None, 0
+    for size in [*cuts, len(stream)]:
+        piece, at = stream[at : at + size], at + size
+        if rest is None:
+            rest = search.feed(piece)
+        else:
+            rest += piece
+    assert rest == after
 
 
 def test_a_copy_draws_other_numbers(supervised):

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from podflare.guest import syscalls as sc
 from podflare.guest.descriptors import close_all_but
+from podflare.guest.link import Descriptor
 from podflare.guest.process.confine import mount_proc
 from podflare.guest.vm import groups, template
 from podflare.guest.vm.system import EMPTY
@@ -30,7 +31,7 @@ _LINKS = (
 )
 
 
-def start_agent(channel: socket.socket, line: socket.socket) -> None:
+def start_agent(channel: Descriptor, line: socket.socket) -> None:
     """Start the agent, which serves the host at the other end of `channel` and ends with it.
 
     Args: line: the agent's end of its line to the first process (guest.supervision).
@@ -45,7 +46,7 @@ def start_agent(channel: socket.socket, line: socket.socket) -> None:
         raise OSError(f"the agent could not be started (status {status:#x}); the console says why")
 
 
-def _become_parent_of_agent(channel: socket.socket, line: socket.socket) -> NoReturn:
+def _become_parent_of_agent(channel: Descriptor, line: socket.socket) -> NoReturn:
     """Only children of a caller of unshare(2) are in the new PID namespace."""
     status = 1
     try:
@@ -61,7 +62,7 @@ def _become_parent_of_agent(channel: socket.socket, line: socket.socket) -> NoRe
         os._exit(status)
 
 
-def _become_agent(channel: socket.socket, line: socket.socket) -> NoReturn:
+def _become_agent(channel: Descriptor, line: socket.socket) -> NoReturn:
     from podflare.guest import agent  # the first process itself has no use for it
 
     try:

@@ -29,23 +29,6 @@ class Lines:
         self._rest = b""
 
 
-class TokenSearch:
-    """Drops a stream up to a token, wherever it is cut into pieces."""
-
-    def __init__(self, token: bytes) -> None:
-        self._token = token
-        self._tail = b""
-
-    def feed(self, data: bytes) -> "bytes | None":
-        """What follows the token; None as long as it has not come."""
-        self._tail += data
-        at = self._tail.find(self._token)
-        if at >= 0:
-            return self._tail[at + len(self._token) :]
-        self._tail = self._tail[max(0, len(self._tail) - len(self._token) + 1) :]
-        return None
-
-
 def encode(number: Any, body: Dict[str, Any]) -> bytes:
     """The line of an answer."""
     return json.dumps({**body, "order": number}).encode() + b"\n"

@@ -1,8 +1,8 @@
 """Process 1 of a virtual machine: `python -I -S BUNDLE vm`, started by the initramfs in the final root.
 
-It stands between the agent and the hypervisor's ports, because those may lose their peer and get another one when
-the machine is saved and restored, which the agent does not notice.  It carries out what the engine orders, reaps
-what is orphaned, and ends the machine when the agent has ended.
+It opens the ports to the hypervisor, gives the agent the one of the conversation with the host, and carries out what
+the engine orders over the other: above all what a machine has to do that was saved and restored.  It reaps what is
+orphaned, and ends the machine when the agent has ended.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import socket
 import sys
 from typing import Any, Dict, NoReturn, Optional, Set, Tuple
 
+from podflare.guest.link import Descriptor
 from podflare.guest.vm import confine, control, groups, manifest, ports, system
 
 _ROUNDS = 16
@@ -31,12 +32,10 @@ def main() -> NoReturn:
         system.set_names("sandbox", "")
         groups.make()
         channel, orders = ports.find(ports.CHANNEL), ports.find(ports.CONTROL)
-        ours, agents = socket.socketpair()
         line, agents_line = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        confine.start_agent(agents, agents_line)
-        agents.close()
+        confine.start_agent(Descriptor(channel.peer()), agents_line)
         agents_line.close()
-        _Init(channel, orders, ours, line).serve()
+        _Init(channel, orders, line).serve()
     except BaseException as exc:  # noqa: BLE001  # the kernel would only say that process 1 is gone
         sys.stderr.write(f"podflare: {type(exc).__name__}: {exc}\n")
     system.stop()
@@ -47,20 +46,12 @@ def main() -> NoReturn:
 class _Init:
     """The loop."""
 
-    def __init__(self, channel: ports.Port, orders: ports.Port, agent: socket.socket, line: socket.socket) -> None:
-        agent.setblocking(False)
+    def __init__(self, channel: ports.Port, orders: ports.Port, line: socket.socket) -> None:
         line.settimeout(_AGENT_TIMEOUT_S)
-        self._channel, self._orders, self._agent, self._line = channel, orders, agent, line
+        self._channel, self._orders, self._line = channel, orders, line
         self._lines = control.Lines()
-        self._searching: Optional[control.TokenSearch] = None
-        """In a restored machine: what the host sent to the former one is dropped."""
-        self._comparing: Optional[manifest.Job] = None
         self._answers = b""
-        # Read from one side and not yet taken by the other.
-        self._to_agent = memoryview(b"")
-        self._to_host = memoryview(b"")
-        self._agents = 0
-        """Sockets to the agent so far; the next one may have the same number."""
+        self._comparing: Optional[manifest.Job] = None
         self._epoll = select.epoll()
         self._watched: Set[Tuple[int, int]] = set()
         wake_r, wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -70,67 +61,31 @@ class _Init:
 
     def serve(self) -> None:
         """Until the agent is gone."""
+        while self._agent_lives():
+            self._watch()
+            self._pump_comparison()
+            more = self._pump_orders()
+            self._epoll.poll(0 if more else -1)
+            self._reap()
+
+    def _agent_lives(self) -> bool:
+        """Nothing comes from it unasked, but the end of the line with its own."""
         try:
-            while True:
-                self._watch()
-                self._pump_comparison()
-                more = self._pump_in() | self._pump_out() | self._pump_orders()
-                self._epoll.poll(0 if more else -1)
-                self._reap()
-        except EOFError:
-            return
+            return bool(self._line.recv(1, socket.MSG_DONTWAIT))
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
 
     def _watch(self) -> None:
-        wanted = {(self._wake, 0), (self._agent.fileno(), self._agents)}
+        wanted = {(self._wake, 0), (self._line.fileno(), 0)}
         if self._comparing is not None:
             wanted.add((self._comparing.fd, self._comparing.number))
-        for port in (self._channel, self._orders):
-            first, *others = port.descriptors()
-            wanted |= {(first, 0), *((fd, port.peers) for fd in others)}
+        first, *others = self._orders.descriptors()
+        wanted |= {(first, 0), *((fd, self._orders.peers) for fd in others)}
         for fd, _ in wanted - self._watched:
             self._epoll.register(fd, _ALL)
         self._watched = wanted  # epoll itself forgets what was closed
-
-    def _pump_in(self) -> bool:
-        """From the host to the agent.  True if there may be more right now."""
-        for _ in range(_ROUNDS):
-            if not self._to_agent:
-                data = self._channel.receive()
-                if not data:
-                    return False
-                if self._searching is not None:
-                    data = self._searching.feed(data)
-                    if data is None:
-                        continue
-                    self._searching = None
-                self._to_agent = memoryview(data)
-                continue
-            try:
-                self._to_agent = self._to_agent[self._agent.send(self._to_agent) :]
-            except BlockingIOError:
-                return False
-            except OSError as exc:
-                raise EOFError from exc
-        return True
-
-    def _pump_out(self) -> bool:
-        """From the agent to the host.  Raises: EOFError once the agent has closed its end."""
-        for _ in range(_ROUNDS):
-            if not self._to_host:
-                try:
-                    data = self._agent.recv(ports.READ_BYTES)
-                except BlockingIOError:
-                    return False
-                except OSError as exc:
-                    raise EOFError from exc
-                if not data:
-                    raise EOFError
-                self._to_host = memoryview(data)
-            taken = self._channel.send(self._to_host)
-            if not taken:
-                return False
-            self._to_host = self._to_host[taken:]
-        return True
 
     def _pump_orders(self) -> bool:
         for _ in range(_ROUNDS):
@@ -179,17 +134,8 @@ class _Init:
         system.set_clock(int(restored["time"]))
         system.add_entropy(bytes.fromhex(restored["seed"]))
         system.set_names(str(restored.get("hostname", "")), str(restored.get("machine_id", "")))
-        token = bytes.fromhex(restored["token"])
-        ours, agents = socket.socketpair()
-        with agents:
-            self._ask_agent({"renew": {"reseed": bool(restored.get("reseed", True))}}, (agents.fileno(),))
-        ours.setblocking(False)
-        self._agent.close()
-        self._agent = ours
-        self._agents += 1
-        self._to_agent = memoryview(b"")
-        self._to_host = memoryview(token)
-        self._searching = control.TokenSearch(token)
+        renew = {"reseed": bool(restored.get("reseed", True)), "token": restored["token"]}
+        self._ask_agent({"renew": renew}, (self._channel.peer(),))
 
     def _ask_agent(self, order: Dict[str, Any], fds: Tuple[int, ...] = ()) -> None:
         """Raises: OSError or ValueError if it did not do it.  User code may have got hold of it."""

@@ -5,13 +5,16 @@ Either is a `Port`: a non-blocking descriptor that may be without a peer for a w
 
 from __future__ import annotations
 
+import errno
 import os
+import select
 import socket
 from typing import Optional, Tuple
 
 CHANNEL, CONTROL = "podflare.channel", "podflare.control"
 VSOCK_NUMBERS = {CHANNEL: 7000, CONTROL: 7001}
 READ_BYTES = 256 * 1024
+PEER_TIMEOUT_S = 60.0
 
 _PORTS = "/sys/class/virtio-ports"
 
@@ -24,6 +27,10 @@ class Port:
 
     def descriptors(self) -> Tuple[int, ...]:
         """What to watch now, edge-triggered."""
+        raise NotImplementedError
+
+    def peer(self) -> int:
+        """The descriptor of who is at the other end, waiting for somebody.  Raises: OSError if nobody comes."""
         raise NotImplementedError
 
     def receive(self) -> Optional[bytes]:
@@ -44,6 +51,9 @@ class SerialPort(Port):
 
     def descriptors(self) -> Tuple[int, ...]:
         return (self._fd,)
+
+    def peer(self) -> int:
+        return self._fd
 
     def receive(self) -> Optional[bytes]:
         try:
@@ -70,6 +80,15 @@ class VsockPort(Port):
     def descriptors(self) -> Tuple[int, ...]:
         found = (self._listener.fileno(),)
         return found if self._peer is None else (*found, self._peer.fileno())
+
+    def peer(self) -> int:
+        poll = select.poll()
+        poll.register(self._listener, select.POLLIN)
+        poll.poll(0 if self._peer is not None else int(PEER_TIMEOUT_S * 1000))
+        self._accept()
+        if self._peer is None:
+            raise OSError(errno.ETIMEDOUT, "nobody has connected")
+        return self._peer.fileno()
 
     def receive(self) -> Optional[bytes]:
         self._accept()

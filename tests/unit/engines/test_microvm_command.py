@@ -1,0 +1,84 @@
+"""Promise: QEMU's command line is a machine without network or devices that nobody needs, and QEMU itself confined."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from podflare.engines.base import Limits
+from podflare.engines.microvm.accelerator import probe_rom
+from podflare.engines.microvm.confinement import VMM_ID, Confinement
+from podflare.engines.microvm.engine import LEAST_BYTES, OWN_BYTES, disk_bytes_of, shape_of
+from podflare.engines.microvm.qemu_command import Descriptors, machine_key, qemu_command
+from podflare.engines.microvm.vmm import BootSource, Shape
+
+FDS = Descriptors(10, 11, 12, 13, 14, 15, 16)
+SHAPE = Shape(1 << 30, 2)
+SOURCE = BootSource(Path("/k"), Path("/i"), "console=ttyS0")
+GIB = 1 << 30
+
+
+def value_after(command: list[str], option: str) -> list[str]:
+    return [command[at + 1] for at, word in enumerate(command) if word == option]
+
+
+def test_the_machine() -> None:
+    """No default devices, no network, memory mapped privately from a descriptor, a read-only root, own sandbox on."""
+    command = qemu_command("qemu", "tcg", SHAPE, FDS, SOURCE)
+    assert {"-nodefaults", "-no-user-config", "-no-reboot"} <= set(command)
+    assert not any("net" in word for word in command)
+    assert value_after(command, "-sandbox")[0].startswith("on,")
+    [memory] = value_after(command, "-object")
+    assert "share=off" in memory and "/proc/self/fd/14" in memory and str(1 << 30) in memory
+    root, disk = value_after(command, "-drive")
+    assert "read-only=on" in root and "read-only" not in disk
+    assert value_after(command, "-append") == ["console=ttyS0"] and "-S" not in command
+    assert value_after(command, "-smp") == ["2"]
+
+
+def test_a_restored_machine_is_the_same_machine() -> None:
+    """Going on from a saved VM differs in what is loaded alone: no kernel, device state from a descriptor, stopped."""
+    booted = qemu_command("qemu", "kvm", SHAPE, FDS, SOURCE)
+    restored = qemu_command("qemu", "kvm", SHAPE, Descriptors(10, 11, 12, 13, 14, 15, 16, 17))
+    start = booted.index("-kernel")
+    assert restored == [*booted[:start], "-S", "-incoming", "fd:17"]
+
+
+def test_what_was_saved_under_another_machine_is_not_restored() -> None:
+    """Version, accelerator and shape each give another key; descriptors and boot sources do not matter."""
+    keys = {
+        machine_key("7.2", "tcg", SHAPE),
+        machine_key("8.0", "tcg", SHAPE),
+        machine_key("7.2", "kvm", SHAPE),
+        machine_key("7.2", "tcg", Shape(1 << 30, 1)),
+    }
+    assert len(keys) == 4
+    assert machine_key("7.2", "tcg", SHAPE) == machine_key("7.2", "tcg", Shape(1 << 30, 2))
+
+
+def test_confinement_of_the_vmm() -> None:
+    """As root it gets an id, namespaces and no capability of its own; in any case it ends with the daemon."""
+    root = Confinement(VMM_ID).wrap(["qemu", "-S"])
+    assert root[-3:] == ["--", "qemu", "-S"]
+    for words in (["--pdeathsig", "KILL"], ["--reuid", str(VMM_ID)], ["--bounding-set", "-all"], ["--clear-groups"]):
+        at = root.index(words[0])
+        assert root[at : at + len(words)] == words
+    assert "--no-new-privs" in root and "--net" in root
+    assert "--clear-groups" not in Confinement(VMM_ID, kvm_group=105).wrap(["qemu"])
+    user = Confinement(None).wrap(["qemu"])
+    assert "unshare" not in user and "--no-new-privs" in user and "--pdeathsig" in user
+
+
+def test_few_shapes() -> None:
+    """Memory is a power of two and room for the kernel, disks are whole gibibytes, processors whole ones."""
+    limits = Limits(memory_bytes=512 << 20, disk_bytes=GIB)
+    assert shape_of(limits, cpus=3) == Shape(LEAST_BYTES + OWN_BYTES, 3)
+    large = Limits(memory_bytes=5 * GIB, disk_bytes=GIB + 1, cpus=1.5)
+    assert shape_of(large, cpus=3) == Shape(8 * GIB + OWN_BYTES, 2)
+    assert (disk_bytes_of(limits), disk_bytes_of(large)) == (GIB, 2 * GIB)
+
+
+def test_the_probes_firmware_starts_where_the_processor_does() -> None:
+    """At the reset vector lies a far jump to the first byte of the 64 KiB."""
+    rom = probe_rom()
+    assert len(rom) == 64 * 1024
+    assert rom[0xFFF0:0xFFF5] == b"\xea\x00\x00\x00\xf0"
