@@ -18,7 +18,7 @@ from podflare.engines.microvm.disks import copy_disk
 from podflare.engines.microvm.machine import MicrovmMachine, vmm_limits
 from podflare.engines.microvm.origins import Origin
 from podflare.engines.microvm.vmm import Drives, Vm, Vmm
-from podflare.errors import IsolationIncomplete
+from podflare.errors import IsolationIncomplete, MachineFailed
 
 INHERENT_WALLS: tuple[Wall, ...] = ("hypervisor", "private_root", "memory_limit", "disk_limit", "process_limit")
 """What a VM has because it is one: a kernel, memory, disk and process table of its own, each of a size."""
@@ -62,6 +62,10 @@ async def bear(
         await renew(vm, machine.control, hostname=spec.hostname, reseed=reseed, timeout_s=timeout_s)
         await machine.limit_inside(spec.limits)
         return machine
+    except MachineFailed as exc:
+        last = vm.console.last_line if vm is not None else ""
+        await end(vm, group, directory)
+        raise MachineFailed(f"{exc}; the last line of its console: {last!r}") from exc
     except BaseException:
         with anyio.CancelScope(shield=True):
             await end(vm, group, directory)

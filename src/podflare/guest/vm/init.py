@@ -47,7 +47,7 @@ class _Init:
     """The loop."""
 
     def __init__(self, channel: ports.Port, orders: ports.Port, line: socket.socket) -> None:
-        line.settimeout(_AGENT_TIMEOUT_S)
+        line.setblocking(False)
         self._channel, self._orders, self._line = channel, orders, line
         self._lines = control.Lines()
         self._answers = b""
@@ -71,7 +71,7 @@ class _Init:
     def _agent_lives(self) -> bool:
         """Nothing comes from it unasked, but the end of the line with its own."""
         try:
-            return bool(self._line.recv(1, socket.MSG_DONTWAIT))
+            return bool(self._line.recv(1))
         except BlockingIOError:
             return True
         except OSError:
@@ -140,6 +140,7 @@ class _Init:
     def _ask_agent(self, order: Dict[str, Any], fds: Tuple[int, ...] = ()) -> None:
         """Raises: OSError or ValueError if it did not do it.  User code may have got hold of it."""
         socket.send_fds(self._line, [json.dumps(order).encode()], fds)
+        select.select([self._line], [], [], _AGENT_TIMEOUT_S)
         answer = json.loads(self._line.recv(4096))
         if not isinstance(answer, dict) or "failed" in answer:
             raise ValueError(f"the agent: {str(answer)[:500]}")
