@@ -46,12 +46,13 @@ def index(networked: Networked, tmp_path_factory: pytest.TempPathFactory) -> byt
     return packed.getvalue()
 
 
-def install(sandbox: Sandbox, index: bytes, options: str, before: str = "") -> str:
+def install(sandbox: Sandbox, index: bytes, options: str, before: str = ":") -> str:
     """Installs the wheel with pip into a fresh directory and imports it."""
     sandbox.upload(index, "/root/pip.zip")
+    unpack = "test -d pip || python3 -m zipfile -e pip.zip pip"
     done = sandbox.run_code(
-        f"""{before}
-rm -rf lib; export PYTHONPATH=/root/pip.zip PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+        f"""{unpack}; {before}
+rm -rf lib; export PYTHONPATH=/root/pip PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 python3 -m pip install -q --no-cache-dir --retries 0 --timeout 20 --target lib {options} tiny 2>&1
 PYTHONPATH=lib python3 -c 'import tiny; print(tiny.NAME)'""",
         "bash",
@@ -66,13 +67,9 @@ def test_pip_installs_through_the_proxy_settings_and_without(networked: Networke
     with networked.sandbox(["api.example.com"]) as sandbox:
         assert install(sandbox, index, options) == "tiny of the index"
         bare = "unset HTTP_PROXY HTTPS_PROXY http_proxy https_proxy"
-        assert install(sandbox, index, options, bare) == "tiny of the index"
+        assert install(sandbox, index, options, before=bare) == "tiny of the index"
         protocols = {one.protocol for one in sandbox.egress_log().entries if one.verdict == "allowed"}
         assert {"connect", "tcp"} <= protocols
-    with networked.sandbox(["other.example.com"]) as sandbox:
-        assert "No matching distribution" in install(sandbox, index, options)
-        refused = [one.reason for one in sandbox.egress_log().entries if one.host == "api.example.com"]
-        assert refused and all("not allowed for this sandbox" in reason for reason in refused)
 
 
 def test_pip_authenticates_with_a_secret(networked: Networked, index: bytes) -> None:
@@ -108,6 +105,16 @@ def test_forks_and_merges_bring_the_network_along(networked: Networked) -> None:
                 plain.merge_into(second)
                 assert plain.info().egress == ("api.example.com",)
                 assert run(plain, HELLO)["hello"].startswith("200")
+
+
+def test_a_state_of_many_generations_keeps_its_network(networked: Networked) -> None:
+    """Where forks are so deep that memory is carried instead of forked, the first one's network is there, too."""
+    with networked.sandbox(["api.example.com"]) as sandbox:
+        for _ in range(27):
+            (child,) = sandbox.fork()
+            sandbox.merge_into(child)
+        assert sandbox.info().generation == 27
+        assert run(sandbox, HELLO)["hello"].startswith("200")
 
 
 def test_a_killed_gate_is_replaced(networked: Networked, data_dir: Path) -> None:

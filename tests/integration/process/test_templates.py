@@ -31,6 +31,7 @@ from podflare.engines.templates.pip import Sources
 from podflare.engines.templates.store import TemplateStore
 from podflare.errors import TemplateFailed, UnknownTemplate
 from podflare.wire.plan import IdMap
+from podflare.wire.uplink import Uplink
 from wheels import make_wheel
 
 # What it sees while it is imported is what a hostile package would see.
@@ -117,9 +118,9 @@ def started(portal: BlockingPortal, root: Path) -> Iterator[ProcessEngine]:
             portal.call(made.aclose)
 
 
-def create(portal: BlockingPortal, engine: ProcessEngine, template: str) -> DrivenMachine:
+def create(portal: BlockingPortal, engine: ProcessEngine, template: str, uplink: Uplink | None = None) -> DrivenMachine:
     """A new machine of a template."""
-    spec = MachineSpec(template, LIMITS)
+    spec = MachineSpec(template, LIMITS, uplink=uplink)
     return DrivenMachine(portal, portal.call(functools.partial(engine.create, spec, timeout_s=30)))
 
 
@@ -133,12 +134,12 @@ def templated(portal: BlockingPortal, root: Path) -> Iterator[ProcessEngine]:
 
 
 @pytest.fixture
-def new(portal: BlockingPortal, templated: ProcessEngine) -> Iterator[Callable[[str], DrivenMachine]]:
-    """new(template) -> a machine, closed at the end of the test."""
+def new(portal: BlockingPortal, templated: ProcessEngine) -> Iterator[Callable[..., DrivenMachine]]:
+    """new(template, uplink) -> a machine, closed at the end of the test."""
     made: list[DrivenMachine] = []
 
-    def do(template: str) -> DrivenMachine:
-        made.append(create(portal, templated, template))
+    def do(template: str, uplink: Uplink | None = None) -> DrivenMachine:
+        made.append(create(portal, templated, template, uplink))
         return made[-1]
 
     yield do
@@ -195,6 +196,13 @@ def test_preloaded_code_has_no_privileges(new: Callable[[str], DrivenMachine]) -
     assert "var" not in seen["top"] and "opt" in seen["top"]
     if os.geteuid() == 0:
         assert min(seen["uids"]) >= 0x7001_0000, "an id that is neither an account's nor a sandbox's"
+
+
+def test_a_template_that_preloads_can_have_a_way_out(new: Callable[..., DrivenMachine]) -> None:
+    """Machines forked from a process without privileges get their one interface, too."""
+    machine = new("tiny", Uplink())
+    assert machine.machine.uplink is not None
+    assert machine.run("print('eth0' in open('/proc/net/dev').read())").stdout == "True\n"
 
 
 def test_two_templates_side_by_side(new: Callable[[str], DrivenMachine]) -> None:

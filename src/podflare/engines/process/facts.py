@@ -14,7 +14,7 @@ TOP_LEVEL = ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32")
 
 TUN_DEVICE = "/dev/net/tun"
 NO_TUNNELS = (
-    f"{TUN_DEVICE} cannot be used here: sandboxes can have no network; `modprobe tun`, "
+    f"{TUN_DEVICE} cannot be used here, so sandboxes can have no network: `modprobe tun`, `chmod 666 {TUN_DEVICE}`, "
     f"or give the daemon's container the device (--device {TUN_DEVICE})"
 )
 
@@ -84,17 +84,21 @@ def read_facts(interpreter: Interpreter | None = None) -> HostFacts:
         etc_links=_alternatives(),
         python=python,
         own_packages=tuple(path for path in hidden if any(_inside(path, known.path) for known in directories)),
-        tunnels=_opens(TUN_DEVICE),
+        tunnels=_machines_open(TUN_DEVICE),
     )
 
 
-def _opens(device: str) -> bool:
-    """Access is not all: the node can be there and nothing behind it, or a control group can forbid it."""
+def _machines_open(device: str) -> bool:
+    """Whether machines' agents can open a device, before they are confined.
+
+    Its mode is not all: the node can be there and nothing behind it, or a control group can forbid it.  Nor is that it
+    opens here: the machines of a root daemon have other ids.
+    """
     try:
         os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
+        return os.geteuid() != 0 or Path(device).stat().st_mode & 0o6 == 0o6
     except OSError:
         return False
-    return True
 
 
 def base_python() -> str:
