@@ -1,4 +1,4 @@
-"""Which addresses a sandbox may ever reach, and those that its own side of the network uses.  Pure.
+"""Which addresses a sandbox may ever reach, and which stand for names in it.  Pure.
 
 Knows nothing of names and policies.  The tables are our own, besides `ipaddress`, because what that module counts as
 global has changed between versions of Python.
@@ -10,15 +10,14 @@ import ipaddress
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import TypeAlias
 
+from podflare.wire.uplink import CALLER_ADDRESS, GATE_ADDRESS, MACHINE_ADDRESS
+
 Address: TypeAlias = IPv4Address | IPv6Address
 Network: TypeAlias = IPv4Network | IPv6Network
 
-GATEWAY = IPv4Address("198.18.0.1")
-"""The gate, as a sandbox sees it: resolver and proxy."""
-SANDBOX = IPv4Address("198.18.0.2")
-REFLECTED = IPv4Address("198.18.0.3")
-"""Where connections that the gate lets in seem to come from."""
-PROXY_PORT = 3128
+GATE = IPv4Address(GATE_ADDRESS)
+MACHINE = IPv4Address(MACHINE_ADDRESS)
+CALLER = IPv4Address(CALLER_ADDRESS)
 DNS_PORT = 53
 SYNTHETIC_FIRST = int(IPv4Address("198.18.1.0"))
 SYNTHETIC_COUNT = int(IPv4Address("198.20.0.0")) - SYNTHETIC_FIRST

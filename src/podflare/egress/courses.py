@@ -20,12 +20,13 @@ from anyio.streams.tls import TLSStream
 from podflare.egress.addresses import Address, is_synthetic, parse_address
 from podflare.egress.dial import Dialler, Refused, Target, Unreachable
 from podflare.egress.exchange import Denied
-from podflare.egress.journal import ALLOWED, FAILED, REFUSED, Journal
+from podflare.egress.journal import Journal
 from podflare.egress.names import NameTable
 from podflare.egress.policy import Policy, normal_name
 from podflare.egress.streams import Counted, SocketStream
 from podflare.egress.substitution import Headers, Substitution
 from podflare.errors import BadRequest
+from podflare.wire.egress import ALLOWED, FAILED, REFUSED
 
 TLS_S = 15.0
 """For one side's handshake."""
@@ -181,10 +182,10 @@ class SecretCourse:
             headers.insert(0, (b"Host", name.encode()))  # HTTP/1.0 does without, and 1.1 is what is sent
         misplaced = around.secrets.misplaced(request.target, headers, name, port, secure=self._secure)
         if misplaced and not self._secure:
-            raise _unsafe(around.journal, "secret", self._target)
+            raise _unsafe(around.journal, "http", self._target)
         if misplaced:
             text = "a placeholder stays one: its secret does not go to this host"
-            around.journal.note("secret", REFUSED, text, host=name, port=port)
+            around.journal.note("tls", REFUSED, text, host=name, port=port)
         target = request.target
         if self._secure:
             target, headers = around.secrets.fill(target, headers, name, port)
@@ -206,7 +207,7 @@ class SecretCourse:
         host = _host(request)
         if host is not None and host.lower() not in (expected, b"%s:%d" % (expected, self._target.port)):
             text = f"this connection is for {self._target.name}, and the Host header says otherwise"
-            self._around.journal.note("secret", REFUSED, text, host=self._target.name, port=self._target.port)
+            self._around.journal.note("tls", REFUSED, text, host=self._target.name, port=self._target.port)
             raise Denied(421, text)
 
     async def _connect(self) -> ByteStream:
@@ -215,7 +216,7 @@ class SecretCourse:
         connected, self._connected = self._connected, None
         if connected is None:
             try:
-                connected = await around.dial("secret", target)
+                connected = await around.dial("tls", target)
             except Refused as error:
                 raise Denied(403, str(error)) from error
             except Unreachable as error:
@@ -232,9 +233,9 @@ class SecretCourse:
             except (OSError, anyio.BrokenResourceError, anyio.EndOfStream) as error:
                 self._upstream.close()
                 text = f"TLS with {target.name} failed: {_tls_failure(error)}"
-                around.journal.note("secret", FAILED, text, host=target.name, address=address, port=target.port)
+                around.journal.note("tls", FAILED, text, host=target.name, address=address, port=target.port)
                 raise Denied(502, text) from error
-        entry = around.journal.note("secret", ALLOWED, host=target.name, address=address, port=target.port)
+        entry = around.journal.note("tls", ALLOWED, host=target.name, address=address, port=target.port)
         return self._upstream.set(target, sock, Counted(stream, entry))
 
     def answered(self, headers: Headers) -> Headers:

@@ -1,7 +1,7 @@
 """The TCP connections of one machine, as its packets know them.  No sockets, no clock of its own.
 
 A flow is a connection that a program in the machine opened to some address, and its other half: the connection into
-which it is rewritten, from REFLECTED and a port of the flow's own to the machine's listener.  Which flows are open is
+which it is rewritten, from CALLER and a port of the flow's own to the machine's listener.  Which flows are open is
 also kept in memory shared with the daemon, so that a new gate can end what an old one has left.
 """
 
@@ -15,7 +15,7 @@ from asyncio import Future
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from podflare.egress.addresses import REFLECTED, SANDBOX
+from podflare.egress.addresses import CALLER, MACHINE
 from podflare.egress.packets import Rewrite
 
 MAX_LIVE = 256
@@ -26,7 +26,7 @@ LINGER_S = 10.0
 _FIRST_PORT = 1024
 _RECORD = struct.Struct("=IHH")
 _MEMORY_BYTES = 65536 * _RECORD.size
-_SANDBOX, _REFLECTED = int(SANDBOX), int(REFLECTED)
+_MACHINE, _CALLER = int(MACHINE), int(CALLER)
 
 WAITING, LET_IN, OVER = "waiting", "let in", "over"
 
@@ -37,7 +37,7 @@ class Flow:
 
     Attributes:
         key: source port, destination, destination port, as the program sees it.
-        port: the port of REFLECTED that stands for it.
+        port: the port of CALLER that stands for it.
         inward, outward: how its packets are rewritten, towards the listener and back.
         syn: its first packet, held back until the other side is there.
         accepted: the listener's end of it.
@@ -82,8 +82,8 @@ class Flows:
             return None
         source_port, destination, port_there = key
         port = self._free_port()
-        theirs = (_SANDBOX, destination, source_port, port_there)
-        ours = (_REFLECTED, _SANDBOX, port, self._listener_port)
+        theirs = (_MACHINE, destination, source_port, port_there)
+        ours = (_CALLER, _MACHINE, port, self._listener_port)
         inward = Rewrite(theirs, ours)
         outward = Rewrite((ours[1], ours[0], ours[3], ours[2]), (theirs[1], theirs[0], theirs[3], theirs[2]))
         flow = Flow(key, port, inward, outward, syn, accepted)

@@ -10,32 +10,19 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from podflare.wire.egress import ALLOWED, EgressEntry
+
 KEPT_ENTRIES = 1000
-MERGE_S = 1.0
+MERGE_MS = 1000
 """The same thing within this time is one entry with a count, so that a tight loop does not push out the rest."""
 _MAX_TEXT = 300
-
-ALLOWED = "allowed"
-REFUSED = "refused"
-FAILED = "failed"
 
 
 @dataclass
 class Entry:
-    """One thing that a sandbox tried.
+    """An `EgressEntry` that still counts."""
 
-    Attributes:
-        time: seconds since 1970.
-        protocol: "tcp", "connect" and "http" (the proxy), "secret" (a request to a secret's host), "dns", "udp",
-            "icmp", "ip" (any other), "gate" (what the gate itself has to say).
-        host: the name, "" if only an address is known.
-        address: what was dialled, or asked for where nothing was; may be "".
-        verdict: "allowed"; "refused" by the policy; "failed": allowed, but the other side could not be reached.
-        reason: why not, in plain words.
-        count: how often, within a second of the one before.
-    """
-
-    time: float
+    time_ms: int
     protocol: str
     host: str
     address: str
@@ -50,18 +37,18 @@ class Entry:
         return asdict(self)
 
 
-def entry_from_json(data: Any) -> Entry:
+_TYPES = {one.name: str if one.type == "str" else int for one in fields(Entry)}
+
+
+def entry_from_json(data: Any) -> EgressEntry:
     """An entry from another process's words.  Raises: ValueError for anything else."""
-    if not isinstance(data, dict) or set(data) != {one.name for one in fields(Entry)}:
+    if not isinstance(data, dict) or set(data) != set(_TYPES):
         raise ValueError("not an entry")
-    for name in ("protocol", "host", "address", "verdict", "reason"):
-        if not isinstance(data[name], str):
-            raise ValueError(f"an entry's {name} must be text")
-        data[name] = printable(data[name])
-    for name in ("time", "port", "bytes_in", "bytes_out", "count"):
-        if isinstance(data[name], bool) or not isinstance(data[name], (int, float)):
-            raise ValueError(f"an entry's {name} must be a number")
-    return Entry(**data)
+    for name, kind in _TYPES.items():
+        if type(data[name]) is not kind:
+            raise ValueError(f"an entry's {name} must be {kind.__name__}")
+    shown: dict[str, Any] = {name: printable(value) if type(value) is str else value for name, value in data.items()}
+    return EgressEntry(**shown)
 
 
 def printable(text: str) -> str:
@@ -82,7 +69,7 @@ class Journal:
         self, protocol: str, verdict: str, reason: str = "", *, host: str = "", address: str = "", port: int = 0
     ) -> Entry:
         """Add an entry; the caller may go on counting bytes in it."""
-        now = self._clock()
+        now = int(self._clock() * 1000)
         host, reason, address = printable(host), printable(reason), printable(address)
         last = self._entries[-1] if self._entries else None
         if (
@@ -90,9 +77,9 @@ class Journal:
             and (verdict != ALLOWED or protocol == "dns")
             and (last.protocol, last.verdict, last.reason, last.host, last.address, last.port)
             == (protocol, verdict, reason, host, address, port)
-            and 0 <= now - last.time <= MERGE_S
+            and 0 <= now - last.time_ms <= MERGE_MS
         ):
-            last.time = now
+            last.time_ms = now
             last.count += 1
             return last
         entry = Entry(now, protocol, host, address, port, verdict, reason)

@@ -22,9 +22,10 @@ import anyio
 
 from podflare.egress import orders
 from podflare.egress.addresses import Network
-from podflare.egress.journal import KEPT_ENTRIES, Entry, entry_from_json
-from podflare.egress.policy import Policy, SecretSpec, check_secrets
-from podflare.errors import BadRequest, DeadlineExceeded, MachineFailed, NotBuilt, ProtocolError
+from podflare.egress.journal import KEPT_ENTRIES, entry_from_json
+from podflare.egress.policy import Policy, SecretSpec
+from podflare.errors import DeadlineExceeded, EgressUnavailable, MachineFailed, ProtocolError
+from podflare.wire.egress import EgressEntry
 
 ORDER_TIMEOUT_S = 20.0
 """Holds the gate's imports, on a busy machine."""
@@ -129,13 +130,12 @@ class GateKeeper:
     async def prepare(self, key: str, policy: Policy, secrets: Mapping[str, SecretSpec]) -> Attached:
         """Make what the machine `key` needs in its environment before it exists.
 
-        Raises: BadRequest for a bad secret or a key in use; NotBuilt if the packages of the extra `egress` are missing.
+        Raises: EgressUnavailable if the packages of the extra `egress` are missing; MachineFailed if the key is in use.
         """
         if missing := what_is_missing():
-            raise NotBuilt(missing)
-        check_secrets(secrets)
+            raise EgressUnavailable(missing)
         if key in self._machines:
-            raise BadRequest(f"the network {key} exists already")
+            raise MachineFailed(f"the network {key} exists already")
         placeholders = {name: f"podflare-secret-{randomness.token_hex(16)}" for name in secrets}
         self._machines[key] = machine = _Machine(_Family(key, policy, dict(secrets), placeholders, b"", b""))
         if secrets:
@@ -150,7 +150,7 @@ class GateKeeper:
     async def attach(self, key: str, tun_fd: int, listener_fd: int) -> None:
         """Give the prepared machine `key` its network.  The descriptors are duplicated.
 
-        Raises: MachineFailed if the gate does not start; DeadlineExceeded if it does not answer.
+        Raises: EgressUnavailable if the gate does not start; DeadlineExceeded if it does not answer; MachineFailed.
             Then, and if cancelled, the key is prepared as before.
         """
         machine = self._machines.get(key)
@@ -198,7 +198,7 @@ class GateKeeper:
             except (ConnectionError, DeadlineExceeded) as error:
                 _log.warning("the gate was not told that %s ended: %s", key, error)  # one that died needs not be told
 
-    async def journal(self, key: str) -> tuple[list[Entry], int]:
+    async def journal(self, key: str) -> tuple[list[EgressEntry], int]:
         """What the machine tried, oldest first, and how many older entries were dropped.
 
         Raises: MachineFailed if `key` has no network; DeadlineExceeded, ProtocolError by the gate's fault.
@@ -237,13 +237,13 @@ class GateKeeper:
     async def _ensure(self) -> bool:
         """Have a gate that knows every machine.  Returns whether it was started for this.
 
-        Raises: MachineFailed if it cannot be started; DeadlineExceeded.  If raised or cancelled none runs.
+        Raises: EgressUnavailable if it cannot be started; DeadlineExceeded.  If raised or cancelled none runs.
         """
         async with self._starting:
             if self._control is not None:
                 return False
             if self._closed:
-                raise MachineFailed("the gate is closed")
+                raise EgressUnavailable("the gate is closed")
             loop = asyncio.get_running_loop()
             await asyncio.sleep(_BACKOFF_S[min(self._deaths, len(_BACKOFF_S) - 1)])
             authorities = await anyio.to_thread.run_sync(_read_authorities, self._settings.ca_file)
@@ -254,7 +254,7 @@ class GateKeeper:
                     self._process = _start(self._settings.command, theirs)
                 except OSError as error:
                     ours.close()
-                    raise MachineFailed(f"the gate could not be started: {error}") from error
+                    raise EgressUnavailable(f"the gate could not be started: {error}") from error
             self._control, self._started_at = ours, loop.time()
             loop.add_reader(ours, self._on_answer, ours)
             start = {
@@ -272,7 +272,9 @@ class GateKeeper:
                 self._drop_gate()
                 self._deaths += 1
                 if isinstance(error, ConnectionError):
-                    raise MachineFailed("the gate died while it started; its last words are in the log") from error
+                    raise EgressUnavailable(
+                        "the gate died while it started; its last words are in the daemon's log"
+                    ) from error
                 raise
             return True
 
@@ -282,7 +284,7 @@ class GateKeeper:
             try:
                 await self._ensure()
                 return
-            except (MachineFailed, DeadlineExceeded, OSError) as error:
+            except (EgressUnavailable, MachineFailed, DeadlineExceeded, OSError) as error:
                 _log.error("the gate does not start again: %s", error)
 
     def _attachment(self, key: str, machine: _Machine) -> dict[str, Any]:
@@ -379,4 +381,4 @@ def _read_authorities(path: Path | None) -> str:
             raise ValueError("too large")
         return data.decode("ascii")
     except (OSError, ValueError) as error:
-        raise MachineFailed(f"the file of further certificate authorities, {path}, cannot be used: {error}") from error
+        raise EgressUnavailable(f"PODFLARE_EGRESS_CA: {path} cannot be used: {error}") from error

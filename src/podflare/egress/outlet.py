@@ -13,18 +13,19 @@ from ipaddress import IPv4Address
 import anyio
 from anyio.abc import TaskGroup, TaskStatus
 
-from podflare.egress.addresses import DNS_PORT, GATEWAY, PROXY_PORT
+from podflare.egress.addresses import DNS_PORT, GATE
 from podflare.egress.certificates import Authority
 from podflare.egress.courses import TLS_S, ProxyCourse, SecretCourse, Surroundings
 from podflare.egress.dial import Refused, Target, Unreachable
 from podflare.egress.exchange import Exchange
 from podflare.egress.flows import MAX_LIVE, Flow, Flows
-from podflare.egress.journal import ALLOWED, FAILED, REFUSED
 from podflare.egress.questions import MAX_PENDING, Questions
 from podflare.egress.reflector import Reflector
 from podflare.egress.relay import relay, reset
 from podflare.egress.streams import SocketStream
 from podflare.errors import BadRequest
+from podflare.wire.egress import ALLOWED, FAILED, REFUSED
+from podflare.wire.uplink import PROXY_PORT
 
 ACCEPT_S = 15.0
 """From the first packet passed on until the machine's kernel has the connection: it tries again after 1, 3 and 7 s."""
@@ -95,7 +96,7 @@ class Outlet:
     def on_connection(self, flow: Flow) -> bool:
         _, number, port = flow.key
         address = IPv4Address(number)
-        if address == GATEWAY and port in (PROXY_PORT, DNS_PORT):
+        if address == GATE and port in (PROXY_PORT, DNS_PORT):
             serve = self._serve_proxy if port == PROXY_PORT else self._serve_names
             return self._start(flow, serve)
         target = Target(address, port)
@@ -203,7 +204,7 @@ class Outlet:
                 client = await self._authority.serve_tls(SocketStream(inside, first), target.name)
         except (OSError, anyio.BrokenResourceError, anyio.EndOfStream) as error:
             text = f"TLS failed: {error or type(error).__name__} (does the program trust the sandbox's authority?)"
-            self.journal.note("secret", FAILED, text, host=target.name, address=there[1], port=target.port)
+            self.journal.note("tls", FAILED, text, host=target.name, address=there[1], port=target.port)
             reset(inside)
             return
         await self._look(client, target, there, secure=True)

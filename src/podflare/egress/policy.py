@@ -23,17 +23,13 @@ from podflare.egress.addresses import (
     plain,
 )
 from podflare.errors import BadRequest
+from podflare.wire.egress import MAX_ALLOWED, MAX_SECRET_CHARS
 
-MAX_ENTRIES = 256
-MAX_SECRETS = 64
-MAX_SECRET_CHARS = 16 * 1024
-"""Header lines of common servers hold 8 to 16 KiB."""
 WEB_PORTS = (80, 443)
 """What an entry without a port opens."""
 TLS_PORT = 443
 _MAX_NAME = 253
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _SECRET = re.compile(r"[\x20-\x7e]+")
 
 
@@ -109,8 +105,8 @@ class Policy:
             return cls(True)
         if isinstance(egress, str) or not isinstance(egress, Sequence):
             raise BadRequest("egress must be True, False or a list of hosts like ['api.example.com', '*.example.org']")
-        if len(egress) > MAX_ENTRIES:
-            raise BadRequest(f"egress names {len(egress)} hosts, at most {MAX_ENTRIES} are possible")
+        if len(egress) > MAX_ALLOWED:
+            raise BadRequest(f"egress names {len(egress)} hosts, at most {MAX_ALLOWED} are possible")
         names: list[NameRule] = []
         networks: list[NetworkRule] = []
         for entry in egress:
@@ -170,15 +166,6 @@ class Policy:
         shown = list(dict.fromkeys(shown))
         more = f" and {len(shown) - 10} more" if len(shown) > 10 else ""
         return f"allowed are {', '.join(shown[:10])}{more}" if shown else "nothing is allowed"
-
-
-def check_secrets(secrets: Mapping[str, SecretSpec]) -> None:
-    """Raises: BadRequest if a name cannot be a variable's, or there are too many."""
-    if len(secrets) > MAX_SECRETS:
-        raise BadRequest(f"{len(secrets)} secrets, at most {MAX_SECRETS} are possible")
-    for name in secrets:
-        if not isinstance(name, str) or not _VARIABLE.fullmatch(name):
-            raise BadRequest(f"a secret's name must be one of an environment variable, not {str(name)[:80]!r}")
 
 
 def parse_private(text: str) -> tuple[Network, ...]:

@@ -14,12 +14,13 @@ import dns.rdataclass
 import dns.rdatatype
 import dns.rrset
 
-from podflare.egress.journal import ALLOWED, FAILED, REFUSED, Journal, printable
+from podflare.egress.journal import Journal
 from podflare.egress.names import NameTable
 from podflare.egress.policy import Policy, normal_name
 from podflare.egress.resolver import Resolver, Unresolved
 from podflare.egress.substitution import Substitution
 from podflare.errors import BadRequest
+from podflare.wire.egress import ALLOWED, FAILED, REFUSED
 
 MAX_PENDING = 64
 """Questions of one machine that wait for the host's name servers."""
@@ -95,7 +96,7 @@ class Questions:
             self._journal.note("dns", FAILED, str(error), host=asked)
             answer.set_rcode(dns.rcode.SERVFAIL)
         else:
-            self._journal.note("dns", ALLOWED, host=printable(asked))
+            self._journal.note("dns", ALLOWED, host=asked)
             answer.set_rcode(found.rcode())
             answer.answer, answer.authority = found.answer, found.authority
         finally:

@@ -11,13 +11,13 @@ import socket
 from typing import Protocol
 
 from podflare.egress import packets
-from podflare.egress.addresses import DNS_PORT, GATEWAY, REFLECTED, SANDBOX
+from podflare.egress.addresses import CALLER, DNS_PORT, GATE, MACHINE
 from podflare.egress.flows import LET_IN, OVER, WAITING, Flow, Flows
 
 PACKETS_A_TURN = 32
 """Read from one machine before the next one's turn."""
 _ACCEPTS_A_TURN = 32
-_SANDBOX, _REFLECTED, _GATEWAY = int(SANDBOX), int(REFLECTED), int(GATEWAY)
+_MACHINE, _CALLER, _GATE = int(MACHINE), int(CALLER), int(GATE)
 _MULTICAST = 0xE0000000
 
 # Packets are dealt with one by one, from the read to the write, so one buffer is enough for all machines.
@@ -62,7 +62,7 @@ class Reflector:
     def end_lost(self) -> None:
         """Make the machine's kernel say where the connections of an earlier gate are, so that they get an RST."""
         for source_port, address, port in self._flows.lost():
-            self._write(packets.probe(address, _SANDBOX, port, source_port))
+            self._write(packets.probe(address, _MACHINE, port, source_port))
 
     def let_in(self, flow: Flow) -> None:
         """The other side is there: the program's connection may begin."""
@@ -76,13 +76,13 @@ class Reflector:
         """The program's connection fails: refused by the other side, or `unreachable`."""
         syn = flow.syn
         if unreachable:
-            self._write(packets.unreachable(syn, len(syn), packets.HOST_UNREACHABLE, _GATEWAY))
+            self._write(packets.unreachable(syn, len(syn), packets.HOST_UNREACHABLE, _GATE))
         elif (answer := packets.reset(syn, len(syn))) is not None:
             self._write(answer)
 
     def answer_question(self, payload: bytes, source_port: int, address: int) -> None:
         """A name server's answer to what came from this port for this address."""
-        if (packet := packets.udp(address, _SANDBOX, DNS_PORT, source_port, payload)) is not None:
+        if (packet := packets.udp(address, _MACHINE, DNS_PORT, source_port, payload)) is not None:
             self._write(packet)
 
     def close(self) -> None:
@@ -115,10 +115,10 @@ class Reflector:
         if seen is None:
             return
         protocol, source, destination, source_port, port = seen
-        if source != _SANDBOX:
+        if source != _MACHINE:
             return
         if protocol == packets.TCP:
-            if destination == _REFLECTED and source_port == self._listener_port:
+            if destination == _CALLER and source_port == self._listener_port:
                 flow = self._flows.by_port.get(port)
                 if flow is not None and flow.state != WAITING:
                     flow.outward.apply(_buffer)
@@ -158,10 +158,10 @@ class Reflector:
         if protocol == packets.ICMP and _buffer[20] != packets.ECHO_REQUEST:
             return  # an error must not be answered with an error
         known = {packets.UDP: "udp", packets.ICMP: "icmp"}.get(protocol)
-        self._owner.on_refused(known or "ip", destination, port if known == "udp" else 0)
+        self._owner.on_refused(known or "other", destination, port if known == "udp" else 0)
         if destination < _MULTICAST:
             code = packets.PROHIBITED if known else packets.PROTOCOL_UNREACHABLE
-            self._write(packets.unreachable(_buffer, size, code, _GATEWAY))
+            self._write(packets.unreachable(_buffer, size, code, _GATE))
 
     def _write(self, packet: bytes | bytearray | memoryview) -> None:
         if self._tun >= 0:
@@ -176,7 +176,7 @@ class Reflector:
                 sock, peer = self._listener.accept()
             except OSError:
                 return
-            flow = self._flows.by_port.get(peer[1]) if peer[0] == str(REFLECTED) else None
+            flow = self._flows.by_port.get(peer[1]) if peer[0] == str(CALLER) else None
             if flow is None or flow.state != LET_IN or flow.accepted.done():
                 sock.close()  # a program that found the listener by itself
                 continue

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
+from podflare.egress.journal import KEPT_ENTRIES
 from podflare.egress.policy import Policy, SecretSpec
 from podflare.engines.base import Machine, UplinkEnds
 from podflare.errors import BadRequest, MachineFailed
@@ -19,16 +20,13 @@ from podflare.host import telemetry
 from podflare.host.config import Config
 from podflare.wire import uplink as link
 from podflare.wire.api import CreateRequest
-from podflare.wire.egress import EgressEntry, EgressLog, Reach
+from podflare.wire.egress import EgressLog, Reach
 from podflare.wire.uplink import Uplink
 
 if TYPE_CHECKING:
-    from podflare.egress.journal import Entry
     from podflare.egress.keeper import GateKeeper
 
 SHUT_TIMEOUT_S = 10.0
-KEPT_ENTRIES = 1000
-"""Of a sandbox's log."""
 _OURS = frozenset((*link.PROXY_VARIABLES, *link.NO_PROXY_VARIABLES, *link.CA_VARIABLES))
 
 
@@ -77,7 +75,7 @@ class Outlet:
         Raises: MachineFailed, DeadlineExceeded if the gate cannot tell.
         """
         found, dropped = await self._keeper.journal(self.key)
-        return EgressLog(self.grant.reach, self.grant.hosts, tuple(_entry(one) for one in found), dropped)
+        return EgressLog(self.grant.reach, self.grant.hosts, tuple(found), dropped)
 
     async def aclose(self) -> None:
         """Shut it: its connections end at once.  Idempotent, never raises."""
@@ -114,7 +112,7 @@ class Outlets:
     async def open(self, grant: Grant) -> Outlet:
         """A way out for a machine that is to be made; the caller attaches it, or closes it.
 
-        Raises: NotBuilt with the packages that are missing; BadRequest.
+        Raises: EgressUnavailable with the packages that are missing.
         """
         keeper = self._gate()
         outlet = Outlet(keeper, grant)
@@ -150,8 +148,3 @@ def _ends(machine: Machine) -> UplinkEnds:
     if machine.uplink is None:
         raise MachineFailed(f"machine {machine.id} is gone")
     return machine.uplink
-
-
-def _entry(entry: Entry) -> EgressEntry:
-    body = entry.to_json()
-    return EgressEntry(time_ms=int(body.pop("time") * 1000), **body)

@@ -13,9 +13,9 @@ import pytest
 from anyio.from_thread import BlockingPortal
 
 import worlds
-from podflare.egress.journal import Entry
 from podflare.egress.keeper import Attached, GateKeeper, GateSettings
 from podflare.egress.policy import Policy, SecretSpec, parse_private
+from podflare.wire.egress import EgressEntry
 
 ALLOWED_PRIVATE = "10.77.0.0/16"
 
@@ -89,7 +89,7 @@ class Network:
         assert "Traceback" not in output, output
         return json.loads(output)
 
-    def journal(self) -> list[Entry]:
+    def journal(self) -> list[EgressEntry]:
         return list(self._portal.call(self._keeper.journal, self.key)[0])
 
     def fork(self) -> Network:

@@ -197,7 +197,7 @@ def test_a_gate_that_cannot_start_is_an_error(portal, world):
     """What cannot be started, dies at once or says nothing is told as an error within its time, and leaves nothing."""
     from podflare.egress.keeper import GateKeeper, GateSettings
     from podflare.egress.policy import Policy
-    from podflare.errors import MachineFailed
+    from podflare.errors import EgressUnavailable
 
     inside = worlds.Inside(world.ca_file.parent)
     for command in (("/does/not/exist",), (sys.executable, "-c", "pass")):
@@ -207,7 +207,7 @@ def test_a_gate_that_cannot_start_is_an_error(portal, world):
             await keeper.prepare("one", Policy.parse(True), {})
             try:
                 await keeper.attach("one", inside.tun, inside.listener)
-            except MachineFailed as error:
+            except EgressUnavailable as error:
                 return str(error)
             finally:
                 await keeper.aclose()

@@ -142,7 +142,7 @@ tell([bodies, location, got.decode().split()[1]])""",
     # The value is percent-encoded in the query; the server decodes it.
     assert told[1] == f"https://elsewhere/{key}" and told[2] == "101"
     assert _headers(world.requests(), "x-key") == [VALUE] * 5
-    counted = [entry for entry in sandbox.journal() if entry.protocol == "secret"]
+    counted = [entry for entry in sandbox.journal() if entry.protocol == "tls"]
     assert len(counted) == 2 and counted[0].bytes_out > 800000
 
 

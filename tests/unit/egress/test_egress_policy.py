@@ -10,14 +10,13 @@ from hypothesis import strategies as st
 
 from podflare.egress.addresses import never, not_public, parse_address
 from podflare.egress.policy import (
-    MAX_ENTRIES,
     Policy,
     SecretSpec,
-    check_secrets,
     normal_name,
     parse_private,
 )
 from podflare.errors import BadRequest
+from podflare.wire.egress import MAX_ALLOWED
 
 
 @pytest.mark.parametrize(
@@ -80,7 +79,7 @@ def test_entries_that_are_refused(entry):
         Policy.parse([entry])
 
 
-_SHAPES = [False, None, "api.example.com", 7, {"a": 1}, [1], [None], [["a"]], ["a.b"] * (MAX_ENTRIES + 1)]
+_SHAPES = [False, None, "api.example.com", 7, {"a": 1}, [1], [None], [["a"]], ["a.b"] * (MAX_ALLOWED + 1)]
 
 
 @pytest.mark.parametrize("egress", _SHAPES)
@@ -157,12 +156,6 @@ def test_secrets_are_checked_and_not_shown():
         with pytest.raises(BadRequest) as caught:
             SecretSpec(value, hosts)
         assert len(value) < 2 or value not in str(caught.value)
-    for name in ("", "1A", "A-B", "A=B", "A" * 200, "é"):
-        with pytest.raises(BadRequest):
-            check_secrets({name: spec})
-    check_secrets({"API_KEY": spec, "_x1": spec})
-    with pytest.raises(BadRequest):
-        check_secrets({f"A{number}": spec for number in range(65)})
 
 
 @given(st.text(max_size=300))

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from podflare.egress import flows
 from podflare.egress.addresses import is_synthetic
 from podflare.egress.flows import LET_IN, MAX_FLOWS, MAX_LIVE, Flows
-from podflare.egress.journal import ALLOWED, KEPT_ENTRIES, REFUSED, Entry, Journal, entry_from_json, printable
+from podflare.egress.journal import KEPT_ENTRIES, Journal, entry_from_json, printable
 from podflare.egress.names import MAX_NAMES, NameTable
+from podflare.wire.egress import ALLOWED, REFUSED, EgressEntry
 
 
 @pytest.fixture
@@ -96,8 +97,8 @@ def test_the_journal_is_bounded_and_merges():
     journal = Journal(lambda: now[0])
     for _ in range(50):
         journal.note("tcp", REFUSED, "no", address="10.0.0.1", port=80)
-        now[0] += 0.1
-    assert [(entry.count, entry.time) for entry in journal.entries()] == [(50, pytest.approx(104.9))]
+        now[0] += 0.25
+    assert [(entry.count, entry.time_ms) for entry in journal.entries()] == [(50, 112_250)]
     now[0] += 2
     journal.note("tcp", REFUSED, "no", address="10.0.0.1", port=80)
     first = journal.note("tcp", ALLOWED, address="8.8.8.8", port=80)
@@ -118,10 +119,18 @@ def test_names_in_the_journal_are_printable(text):
 
 def test_entries_of_another_process_are_checked():
     """An entry comes back as it was; anything else that a gate might say is refused."""
-    entry = Entry(1.5, "tcp", "a.example", "8.8.8.8", 443, ALLOWED, "", 10, 20)
-    assert entry_from_json(entry.to_json()) == entry
-    good = entry.to_json()
-    bad = [None, [], {}, {**good, "more": 1}, {**good, "host": 5}, {**good, "port": "x"}, {**good, "count": True}]
+    good = Journal(lambda: 1.5).note("tcp", ALLOWED, host="a.example", address="8.8.8.8", port=443).to_json()
+    assert entry_from_json(good) == EgressEntry(1500, "tcp", "a.example", "8.8.8.8", 443, ALLOWED)
+    bad = [
+        None,
+        [],
+        {},
+        {**good, "more": 1},
+        {**good, "host": 5},
+        {**good, "port": "x"},
+        {**good, "count": True},
+        {**good, "time_ms": 1.5},
+    ]
     for one in bad:
         with pytest.raises(ValueError, match="entry"):
             entry_from_json(one)
