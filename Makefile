@@ -7,7 +7,7 @@ PY := .venv/bin/python
 # As another user than the checkout's owner there is nowhere to keep pytest's cache.
 PYTEST := $(PY) -m pytest $(shell test -w . || echo -p no:cacheprovider)
 TESTS ?= tests
-USER_TESTS ?= tests/contract tests/security tests/integration/process tests/integration/client
+USER_TESTS ?= tests/contract tests/security tests/integration/process tests/integration/client tests/integration/egress
 # Tests share nothing but the machine, so they run side by side, and they wait more than they work; JOBS=0 runs them
 # in one process (for a debugger).
 JOBS ?= 4

@@ -189,7 +189,11 @@ class SecretCourse:
         target = request.target
         if self._secure:
             target, headers = around.secrets.fill(target, headers, name, port)
-        sent = h11.Request(method=request.method, target=target, headers=headers)
+        try:
+            sent = h11.Request(method=request.method, target=target, headers=headers)
+        except h11.LocalProtocolError:
+            # Not with the library's words: they may quote the value.
+            raise Denied(400, "this request cannot be sent with its secrets") from None
         if self._upstream.usable(self._target):
             assert self._upstream.stream is not None
             return sent, self._upstream.stream

@@ -118,7 +118,7 @@ class Exchange:
             with anyio.CancelScope(shield=True):
                 await self._course.done(reusable=whole and failure is None)
         if failure is not None:
-            await self.refuse(502, f"the other side failed: {failure or type(failure).__name__}")
+            await self.refuse(502, f"the other side failed: {_failure(failure)}")
         return self._down.our_state is h11.DONE and self._down.their_state is h11.DONE
 
     async def _upload(self, up: h11.Connection, upstream: ByteStream, scope: anyio.CancelScope) -> None:
@@ -159,7 +159,7 @@ class Exchange:
                 await self._client.send(self._down.send(h11.EndOfMessage(headers=event.headers)) or b"")
                 return False
             else:
-                raise h11.RemoteProtocolError("it closed the connection without an answer")
+                raise ConnectionError("it closed the connection without an answer")
 
     async def _switch(self, up: h11.Connection, upstream: ByteStream) -> None:
         try:
@@ -168,6 +168,13 @@ class Exchange:
             await join(self._client, upstream)
         except _STREAM_ERRORS:
             pass  # an end like another
+
+
+def _failure(error: Exception) -> str:
+    """In our words: the library's quote what came, in which a secret may be."""
+    if isinstance(error, (h11.RemoteProtocolError, h11.LocalProtocolError)):
+        return "it does not speak HTTP/1.1"
+    return str(error) or type(error).__name__
 
 
 async def _next(connection: h11.Connection, stream: ByteStream) -> h11.Event | type[h11.PAUSED]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import signal
 import socket
 import ssl
 import sys
@@ -132,6 +133,7 @@ class Gate:
 
 def main(fd: int) -> None:
     """Serve the daemon at the other end of `fd`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's goes to the daemon, too, which ends the gate
     control = socket.socket(fileno=fd)
     control.setblocking(False)
     os.set_inheritable(fd, False)

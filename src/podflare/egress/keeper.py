@@ -27,8 +27,6 @@ from podflare.egress.policy import Policy, SecretSpec
 from podflare.errors import DeadlineExceeded, EgressUnavailable, MachineFailed, ProtocolError
 from podflare.wire.egress import EgressEntry
 
-ORDER_TIMEOUT_S = 20.0
-"""Holds the gate's imports, on a busy machine."""
 _BACKOFF_S = (0.0, 0.1, 0.5, 2.0, 5.0)
 """Before each further start of a gate that keeps dying; the last one again and again."""
 _STABLE_S = 30.0
@@ -46,12 +44,15 @@ class GateSettings:
         resolvers: name servers, each `address` or `address:port` (`[v6]:port`); none: those of /etc/resolv.conf.
         ca_file: certificates, in PEM, that upstream TLS of secrets' hosts may be signed by, besides the system's.
         command: what starts the gate; the number of its control descriptor is added.
+        answer_timeout_s: a gate that answers no order within it is killed and replaced; holds its imports, on a busy
+            machine.
     """
 
     private: tuple[Network, ...] = ()
     resolvers: tuple[str, ...] = ()
     ca_file: Path | None = None
     command: tuple[str, ...] = (sys.executable, "-m", "podflare.egress.gate")
+    answer_timeout_s: float = 20.0
 
 
 @dataclass(frozen=True)
@@ -300,11 +301,13 @@ class GateKeeper:
         answer = asyncio.get_running_loop().create_future()
         self._answers[number] = answer
         try:
-            with anyio.fail_after(ORDER_TIMEOUT_S):
+            with anyio.fail_after(self._settings.answer_timeout_s):
                 await orders.send(control, number, body, fds)
                 result: dict[str, Any] = await answer
         except TimeoutError as error:
-            raise DeadlineExceeded(f"the gate did not answer within {ORDER_TIMEOUT_S:g} s") from error
+            if control is self._control:
+                self._on_death()
+            raise DeadlineExceeded(f"the gate did not answer within {self._settings.answer_timeout_s:g} s") from error
         except OSError as error:
             raise ConnectionError("the gate is gone") from error
         finally:
@@ -336,7 +339,7 @@ class GateKeeper:
         self._drop_gate()
         self._deaths = 1 if stable else self._deaths + 1
         if not self._closed and (self._reviving is None or self._reviving.done()):
-            _log.error("the gate died; it starts again")
+            _log.error("the gate has ended; it starts again")
             self._reviving = asyncio.get_running_loop().create_task(self._revive())
 
     def _drop_gate(self) -> None:

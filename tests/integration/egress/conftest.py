@@ -113,7 +113,13 @@ def world(private_temp: Path) -> Iterator[worlds.World]:
             yield running
 
 
-def gate_settings(world: worlds.World) -> GateSettings:
+@pytest.fixture
+def settings(world: worlds.World) -> GateSettings:
+    """Of a gate in the middle of the world."""
+    return _settings(world)
+
+
+def _settings(world: worlds.World) -> GateSettings:
     command = (*world.enter, sys.executable, "-m", "podflare.egress.gate")
     return GateSettings(private=parse_private(ALLOWED_PRIVATE), ca_file=world.ca_file, command=command)
 
@@ -165,7 +171,7 @@ def _networks(portal: BlockingPortal, keeper: GateKeeper, world: worlds.World) -
 
 
 async def _keeper(world: worlds.World) -> GateKeeper:
-    return GateKeeper(gate_settings(world))
+    return GateKeeper(_settings(world))
 
 
 def _attach(

@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import worlds
 from podflare.egress.flows import MAX_LIVE
+from podflare.egress.keeper import GateKeeper, GateSettings
+from podflare.egress.policy import Policy
+from podflare.errors import DeadlineExceeded, EgressUnavailable
 
 MIB = 1024 * 1024
 
@@ -193,12 +198,39 @@ tell([sorted(set(ends)), len(ends), fetch("http://api.example.com/echo")[0]])"""
     assert sandbox.journal()[0].protocol == "gate"
 
 
+def test_a_gate_that_hangs_is_replaced(portal, world, settings):
+    """A gate that answers no more is ended and replaced; an interrupt, as of a terminal, does not end one."""
+
+    async def scenario() -> list[str]:
+        keeper = GateKeeper(replace(settings, answer_timeout_s=5.0))
+        told = []
+        try:
+            await keeper.prepare("one", Policy.parse(["api.example.com"]), {})
+            await keeper.attach("one", inside.tun, inside.listener)
+            first = keeper.gate_pid
+            os.kill(first, signal.SIGINT)
+            await keeper.journal("one")
+            told.append("same" if keeper.gate_pid == first else "other")
+            os.kill(first, signal.SIGSTOP)
+            try:
+                await keeper.journal("one")
+            except DeadlineExceeded:
+                told.append("late")
+            told.append((await keeper.journal("one"))[0][0].protocol)
+            told.append("same" if keeper.gate_pid == first else "other")
+        finally:
+            await keeper.aclose()
+        return told
+
+    inside = worlds.Inside(world.ca_file.parent)
+    try:
+        assert portal.call(scenario) == ["same", "late", "gate", "other"]
+    finally:
+        inside.close()
+
+
 def test_a_gate_that_cannot_start_is_an_error(portal, world):
     """What cannot be started, dies at once or says nothing is told as an error within its time, and leaves nothing."""
-    from podflare.egress.keeper import GateKeeper, GateSettings
-    from podflare.egress.policy import Policy
-    from podflare.errors import EgressUnavailable
-
     inside = worlds.Inside(world.ca_file.parent)
     for command in (("/does/not/exist",), (sys.executable, "-c", "pass")):
 
@@ -221,8 +253,6 @@ class _Killer:
     """Kills the gate once a file is there."""
 
     def __init__(self, sign: Path, keeper) -> None:
-        import threading
-
         self._sign, self._keeper = sign, keeper
         self._thread = threading.Thread(target=self._run)
         self.killed: int | None = None
