@@ -1,6 +1,6 @@
 """`make bench`: runs every benchmark, prints a table, writes benchmarks/results/<time>.json.
 
-python -m benchmarks.run [--full] [NAME ...]     NAME: create embedded hot_cell memory churn files fork loop gateway neighbours
+python -m benchmarks.run [--full] [NAME ...]     NAME as below; all without
 python -m benchmarks.run --spec RESULT.json      write those figures into SPEC.md
 """
 

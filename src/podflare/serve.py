@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import os
+import resource
 import signal
 import socket
 import stat
@@ -57,6 +58,7 @@ def serve(config: Config, engine: Callable[[EngineOptions], Engine] | None = Non
     Raises: as serve_forever.
     """
     telemetry.configure(config.log_format, config.log_level)
+    _allow_open_files()
     warning = check_start(config)
     if warning:
         telemetry.problem(warning)
@@ -85,6 +87,12 @@ def serve(config: Config, engine: Callable[[EngineOptions], Engine] | None = Non
         if config.uds is not None:
             Path(config.uds).unlink(missing_ok=True)
     return 0
+
+
+def _allow_open_files() -> None:
+    """As many as this user may have: the usual soft limit of 1024 ends at a hundred sandboxes."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def probe_engines() -> list[EngineReport]:

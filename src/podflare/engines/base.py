@@ -37,6 +37,10 @@ Wall = Literal[
 """One barrier or limit between a sandbox and the rest.  docs/security-model.md says what each stops."""
 
 
+BYTES_PER_FILE = 16 * 1024
+"""As in a new ext4: a file system that is shared in proportion of its bytes is shared so in its inodes, too."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """What one machine may use.  Applied before any user code runs."""
@@ -47,6 +51,11 @@ class Limits:
     cpu_weight: int = 100
     cpus: float | None = None
     """Processor time it may take in any stretch of time, in processors; None for all that nobody else wants."""
+
+    @property
+    def max_files(self) -> int:
+        """Files, directories and links that it may have made: one for each BYTES_PER_FILE of disk."""
+        return self.disk_bytes // BYTES_PER_FILE
 
 
 @dataclass(frozen=True)

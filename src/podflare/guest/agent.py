@@ -63,6 +63,7 @@ def run(
     *,
     home: str,
     before_repl: Callable[[], None],
+    before_shell: Callable[[], None] = lambda: None,
     fork_line: Optional[int] = None,
     hand_over: Optional[Callable[[List[int]], None]] = None,
     carrier: Optional[int] = None,
@@ -77,6 +78,7 @@ def run(
         channel: one end of a connected stream; this process owns it from now on.
         home: home directory and first working directory of user code; exists.
         before_repl: called in every new REPL process before it does anything.
+        before_shell: called in every process that is about to become a shell.
         fork_line: descriptor on which the REPL takes fork orders; None where the engine forks by other means.
         hand_over: the first REPL is forked from another machine's: see Interpreter.adopt.
         carrier: the first REPL is copied from another machine's: see Interpreter.await_carried.
@@ -88,7 +90,7 @@ def run(
     try:
         census = processes.Census()
         line = None if supervisor is None else SupervisorLine(supervisor)
-        Agent(channel, census, home, before_repl, fork_line, line).serve(hand_over, carrier)
+        Agent(channel, census, home, before_repl, before_shell, fork_line, line).serve(hand_over, carrier)
         status = 0
     except (GuestBroken, ProtocolError) as exc:
         _complain(str(exc))
@@ -151,12 +153,14 @@ class Agent:
         census: processes.Census,
         home: str,
         before_repl: Callable[[], None],
+        before_shell: Callable[[], None],
         fork_line: Optional[int] = None,
         supervisor: Optional[SupervisorLine] = None,
     ) -> None:
         environment.set_environment(home)
         self._supervisor = supervisor
         self._home = home
+        self._before_shell = before_shell
         self._census = census
         self._host = Link(channel)
         self._output = Output()
@@ -356,7 +360,7 @@ class Agent:
             return
         try:
             pipes = self._output.stdout.write_fd, self._output.stderr.write_fd
-            cell.bash_pid = shell.start(message.code, pipes, self._home)
+            cell.bash_pid = shell.start(message.code, pipes, self._home, self._before_shell)
         except OSError as exc:
             self._note(cell, f"bash could not be started: {os.strerror(exc.errno or 0)}")
             self._end_cell(cell, shell.CANNOT_RUN, ENDED)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import List, Tuple, Union
+from typing import Callable, List, Tuple, Union
 
 from podflare.guest import environment
 from podflare.guest.interrupts import INTERRUPT_SIGNAL
@@ -27,9 +27,10 @@ _MAX_ARGUMENT_BYTES = 128 * 1024 - 1
 """execve(2), MAX_ARG_STRLEN: the longest single argument, whatever the limit of all together."""
 
 
-def start(code: str, output: Tuple[int, int], home: str) -> int:
+def start(code: str, output: Tuple[int, int], home: str, before: Callable[[], None]) -> int:
     """Pid, session and process group of a new bash that runs `code` in `home` with standard input at end of file.
 
+    Args: before: called in the new process.
     Raises: OSError if no process can be made.
     """
     for fd in output:
@@ -40,6 +41,7 @@ def start(code: str, output: Tuple[int, int], home: str) -> int:
     try:
         signal.set_wakeup_fd(-1)
         os.setsid()
+        before()
         null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         for fd, source in enumerate((null, *output)):
             os.dup2(source, fd)

@@ -6,12 +6,14 @@ import json
 import os
 import pty
 import re
+import resource
 import select
 import signal
 import subprocess
 import time
 from pathlib import Path
 
+from daemons import served
 from podflare import Sandbox
 from programs import PROGRAM, Cli
 
@@ -183,3 +185,14 @@ def test_serve_ends_on_sigterm(cli: Cli, data_dir: Path) -> None:
         daemon.send_signal(signal.SIGTERM)
         daemon.communicate(timeout=30)
     assert daemon.returncode == 0
+
+
+def test_serve_may_open_as_many_files_as_its_user(data_dir: Path) -> None:
+    """The soft limit that a daemon is started with does not limit its sandboxes; the hard one does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
+    try:
+        with served(data_dir) as daemon:
+            assert resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

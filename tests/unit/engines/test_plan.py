@@ -86,13 +86,14 @@ def test_without_a_memory_group_the_repl_is_limited_by_rlimit():
     assert (resource.RLIMIT_DATA, 2**30) in bare.repl_rlimits
     assert (resource.RLIMIT_NPROC, 77) in bare.rlimits
     grouped = planning.plan_machine("m", spec, cgroup_walls=("memory_limit", "process_limit"))
-    assert grouped.repl_rlimits == ()
+    assert dict(grouped.repl_rlimits) == {resource.RLIMIT_NOFILE: planning.MAX_OPEN_FILES}
+    assert dict(grouped.rlimits)[resource.RLIMIT_NOFILE] > planning.MAX_OPEN_FILES
     assert resource.RLIMIT_NPROC not in dict(grouped.rlimits)
 
 
 def test_rlimit_numbers_are_this_platforms():
     """The numbers in the pure plan equal those of the resource module."""
-    for name in ("FSIZE", "DATA", "CORE", "NPROC", "NOFILE"):
+    for name in ("FSIZE", "DATA", "CORE", "NPROC", "NOFILE", "SIGPENDING", "MSGQUEUE"):
         assert getattr(planning, f"RLIMIT_{name}") == getattr(resource, f"RLIMIT_{name}")
 
 

@@ -1,4 +1,4 @@
-"""The disk limit: looks at what machines have written and ends the one that has too much.
+"""The disk limit: looks at what machines have written, in bytes and in files, and ends the one that has too much.
 
 File systems that an ordinary user can mount have no quota, so the limit is watched: a look a second, which costs
 one statvfs(2) while the disk stays as full as it was.  Between two looks a machine can pass its limit by what the
@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from podflare.engines.base import Death, MachineSpec
+from podflare.engines.base import Death, Limits, MachineSpec
+from podflare.engines.process.written import MAX_DEPTH, TooDeep, measure
 
 INTERVAL_S = 1.0
 WORTH_A_LOOK_BYTES = 32 * 2**20
 """Less than this written on the whole file system since the last look: no machine can have grown by more."""
+WORTH_A_LOOK_FILES = 4096
 
 
 class Watched(Protocol):
@@ -33,6 +34,20 @@ class Watched(Protocol):
     async def aclose(self) -> None: ...
 
 
+def excess(directory: Path, limits: Limits) -> str:
+    """What of a machine's files is above its limits, for its user; empty if all is well."""
+    try:
+        found = measure(directory, max_files=limits.max_files)
+    except TooDeep:
+        return f"disk full: directories in this sandbox are nested deeper than {MAX_DEPTH} levels"
+    allowed = f"{limits.disk_bytes / 2**30:g} GiB (rootfs_gb)"
+    if found.size > limits.disk_bytes:
+        return f"disk full: this sandbox may write {allowed} and wrote {found.size / 2**30:.1f}"
+    if found.files > limits.max_files:
+        return f"disk full: this sandbox may have {limits.max_files:,} files within {allowed} and made more"
+    return ""
+
+
 class DiskWatch:
     """Watches the machines below one directory.  `start`, `add`, `discard`, `aclose`."""
 
@@ -40,7 +55,8 @@ class DiskWatch:
         self._root = root
         self._machines: set[Watched] = set()
         self._task: asyncio.Task[None] | None = None
-        self._free_at_look = 0
+        self._free_at_look = (0, 0)
+        """Bytes and inodes."""
 
     def start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._run())
@@ -55,9 +71,10 @@ class DiskWatch:
         while True:
             await asyncio.sleep(INTERVAL_S)
             status = os.statvfs(self._root)
-            free = status.f_bavail * status.f_frsize
-            if self._machines and self._free_at_look - free < WORTH_A_LOOK_BYTES:
-                self._free_at_look = max(self._free_at_look, free)
+            free = (status.f_bavail * status.f_frsize, status.f_ffree)
+            size, files = (before - now for before, now in zip(self._free_at_look, free, strict=True))
+            if self._machines and size < WORTH_A_LOOK_BYTES and files < WORTH_A_LOOK_FILES:
+                self._free_at_look = (max(self._free_at_look[0], free[0]), max(self._free_at_look[1], free[1]))
                 continue
             await self._look()
             self._free_at_look = free
@@ -65,13 +82,9 @@ class DiskWatch:
     async def _look(self) -> None:
         loop = asyncio.get_running_loop()
         for machine in tuple(self._machines):
-            used = await loop.run_in_executor(None, disk_usage, machine.directory)
-            limit = machine.spec.limits.disk_bytes
-            if used > limit:
-                text = (
-                    f"disk full: this sandbox may write {limit / 2**30:g} GiB (rootfs_gb) and wrote {used / 2**30:.1f}"
-                )
-                machine.declare_dead(Death(text, out_of_disk=True))
+            problem = await loop.run_in_executor(None, excess, machine.directory, machine.spec.limits)
+            if problem:
+                machine.declare_dead(Death(problem, out_of_disk=True))
                 await machine.aclose()
 
     async def aclose(self) -> None:
@@ -79,31 +92,3 @@ class DiskWatch:
         if task is not None:
             task.cancel()
             await asyncio.wait([task])
-
-
-def disk_usage(root: Path) -> int:
-    """Bytes on disk below `root`, hard links once.  Follows no link; what vanishes meanwhile counts nothing."""
-    seen: set[int] = set()
-    total = 0
-    for status in _walk(str(root)):
-        if status.st_nlink > 1:
-            if status.st_ino in seen:
-                continue
-            seen.add(status.st_ino)
-        total += status.st_blocks * 512
-    return total
-
-
-def _walk(root: str) -> Iterator[os.stat_result]:
-    pending = [root]
-    while pending:
-        folder = pending.pop()
-        try:
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    status = entry.stat(follow_symlinks=False)
-                    yield status
-                    if entry.is_dir(follow_symlinks=False):
-                        pending.append(entry.path)
-        except OSError:
-            continue

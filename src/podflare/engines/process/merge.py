@@ -11,6 +11,7 @@ import json
 import os
 import socket
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -19,9 +20,9 @@ from podflare.engines.base import FileConflict, FilesPlan
 from podflare.engines.linux.waiting import wait_readable
 from podflare.engines.process.ancestry import Fork, History, common_base, is_base, lengthened
 from podflare.engines.process.birth import Nursery, make_directory
-from podflare.engines.process.disk import disk_usage
 from podflare.engines.process.layers import Layers
 from podflare.engines.process.machine import ProcessMachine
+from podflare.engines.process.written import TooDeep, measure
 from podflare.errors import Conflict, DeadlineExceeded, MachineFailed, PodflareError, TooLarge
 from podflare.wire.merges import MergeSide
 
@@ -179,8 +180,9 @@ class ProcessFileMerge:
     async def apply(self, decisions: Mapping[str, str], *, timeout_s: float) -> None:
         ours, _ = self._machines
         if self._bytes > WORTH_A_LOOK_BYTES:
-            used = await asyncio.get_running_loop().run_in_executor(None, disk_usage, ours.directory)
-            left = ours.spec.limits.disk_bytes - used
+            limits = ours.spec.limits
+            used = await asyncio.get_running_loop().run_in_executor(None, _used, ours.directory, limits.max_files)
+            left = limits.disk_bytes - used
             if self._bytes > left:
                 text = (
                     f"the files to merge take {self._bytes >> 20} MiB, the sandbox may write {max(0, left) >> 20} MiB"
@@ -275,6 +277,14 @@ def _failure(text: str, kind: str) -> PodflareError:
     if kind == "time":
         return DeadlineExceeded(f"{told}; nothing has changed")
     return MachineFailed(told)
+
+
+def _used(directory: Path, max_files: int) -> int:
+    """Raises: TooLarge."""
+    try:
+        return measure(directory, max_files=max_files).size
+    except TooDeep as exc:
+        raise TooLarge("directories of the sandbox are nested too deep for a merge") from exc
 
 
 def _conflict(body: dict[str, Any]) -> FileConflict:

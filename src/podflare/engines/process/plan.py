@@ -13,11 +13,18 @@ ROOT_FIRST_ID = 0x7000_0000
 """First id of a root daemon's machines: above those of distributions (100000..) and systemd-nspawn (..0x6fffffff)."""
 ROOT_ID_COUNT = 0x1_0000
 HOME = "/root"
-MAX_OPEN_FILES = 16384
+AGENT_OPEN_FILES = 16384
+MAX_OPEN_FILES = 4096
+"""Of a process of user code.  Fewer than the agent may have, because the kernel counts the descriptors on their way
+through sockets for all processes of a user id together, against the limit of who sends one (unix(7), ETOOMANYREFS)."""
+MAX_QUEUED_SIGNALS = 2048
+MAX_MESSAGE_QUEUE_BYTES = 200 * 1024
+"""Of a sandbox and its forks.  The kernel also counts these for the daemon's user, for all sandboxes together."""
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 
 # resource.RLIMIT_* of Linux, which are the same on all its architectures that we run on; a test compares them.
 RLIMIT_FSIZE, RLIMIT_DATA, RLIMIT_CORE, RLIMIT_NPROC, RLIMIT_NOFILE = 1, 2, 4, 6, 7
+RLIMIT_SIGPENDING, RLIMIT_MSGQUEUE = 11, 12
 
 _DIRECTORIES: tuple[tuple[str, int], ...] = (
     ("/etc", 0o755),
@@ -137,7 +144,13 @@ def plan_machine(
     Where no control group holds a limit, the nearest rlimit does (per process, not in sum).
     """
     limits = spec.limits
-    rlimits = [(RLIMIT_CORE, 0), (RLIMIT_NOFILE, MAX_OPEN_FILES), (RLIMIT_FSIZE, limits.disk_bytes)]
+    rlimits = [
+        (RLIMIT_CORE, 0),
+        (RLIMIT_NOFILE, AGENT_OPEN_FILES),
+        (RLIMIT_FSIZE, limits.disk_bytes),
+        (RLIMIT_SIGPENDING, MAX_QUEUED_SIGNALS),
+        (RLIMIT_MSGQUEUE, MAX_MESSAGE_QUEUE_BYTES),
+    ]
     if "process_limit" not in cgroup_walls:
         rlimits.append((RLIMIT_NPROC, limits.max_processes))  # counted per user namespace: this machine's alone
     return MachinePlan(
@@ -153,5 +166,6 @@ def plan_machine(
 
 
 def repl_rlimits(limits: Limits, cgroup_walls: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
-    """Limits of the REPL and below it, which the agent does not have."""
-    return () if "memory_limit" in cgroup_walls else ((RLIMIT_DATA, limits.memory_bytes),)
+    """Limits of REPL, shells and all below them, which the agent does not have."""
+    memory = () if "memory_limit" in cgroup_walls else ((RLIMIT_DATA, limits.memory_bytes),)
+    return ((RLIMIT_NOFILE, MAX_OPEN_FILES), *memory)

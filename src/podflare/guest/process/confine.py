@@ -27,6 +27,12 @@ _MASKED_DIRS = ("acpi", "scsi")
 _READ_ONLY = ("bus", "fs", "irq", "sys", "sysrq-trigger")
 
 
+# Of these the kernel has so many for the whole computer, or for the daemon's user, so nobody may have them all.
+_MAX_TERMINALS = 64
+_MAX_INOTIFY = 16
+_MAX_SHM_FILES = 65536
+_USER_CODE_OOM_SCORE = 500
+
 REPL_CAPABILITIES = (sc.CAP_SYS_CHROOT, sc.CAP_SYS_ADMIN)
 """What setns(2) asks of a REPL that moves a fork of itself into another machine.  In the machine's user namespace
 only; the filter refuses all else that they would allow, and no exec passes them on (SECBIT_NOROOT)."""
@@ -47,9 +53,11 @@ def enter_root(stage: StagePlan, plan: MachinePlan) -> None:
     for path in stage.hide:
         sc.mount("/empty", _NEW + path, None, sc.MS_BIND)
     sc.mount("/dev", f"{_NEW}/dev", None, sc.MS_BIND | sc.MS_REC)
-    pts_options = "newinstance,ptmxmode=0666,mode=620"
+    pts_options = f"newinstance,ptmxmode=0666,mode=620,max={_MAX_TERMINALS}"
     sc.mount("devpts", f"{_NEW}/dev/pts", "devpts", sc.MS_NOSUID | sc.MS_NOEXEC, pts_options)
-    sc.mount("shm", f"{_NEW}/dev/shm", "tmpfs", _NO_SPECIAL, f"mode=1777,size={plan.shm_bytes}")
+    sc.mount(
+        "shm", f"{_NEW}/dev/shm", "tmpfs", _NO_SPECIAL, f"mode=1777,size={plan.shm_bytes},nr_inodes={_MAX_SHM_FILES}"
+    )
     mount_proc(f"{_NEW}/proc", "/empty")
     os.chdir(_NEW)
     sc.pivot_root(".", ".")
@@ -85,6 +93,9 @@ def mount_proc(proc: str, empty: str) -> None:
     sc.mount("proc", proc, "proc", _NO_SPECIAL | sc.MS_NOEXEC)
     # Ports below 1024 are worth nothing in a network of one's own, and servers expect to bind 80.
     _set(f"{proc}/sys/net/ipv4/ip_unprivileged_port_start", "0")
+    instances = f"{proc}/sys/user/max_inotify_instances"
+    if os.path.exists(instances):
+        _set(instances, str(_MAX_INOTIFY))
     six = f"{proc}/sys/net/ipv6/conf/{INTERFACE}/disable_ipv6"
     if os.path.exists(six):
         _set(six, "1")  # the way out, where the machine has one, is of IPv4 alone
@@ -143,6 +154,22 @@ def give_up_privileges(plan: MachinePlan, filters: "tuple[str, ...]") -> Optiona
 def empower_repl() -> None:
     """In a new REPL: what it needs to fork itself into another machine."""
     sc.set_capabilities(permitted=REPL_CAPABILITIES, effective=REPL_CAPABILITIES)
+
+
+def prepare_user_code(plan: MachinePlan) -> None:
+    """In a process that is about to run user code: what the agent does not share with it."""
+    sc.set_dumpable(True)  # /proc/self and /dev/fd are its own
+    volunteer(_USER_CODE_OOM_SCORE)
+    for kind, limit in plan.repl_rlimits:
+        lower_rlimit(kind, limit)
+
+
+def volunteer(score: int) -> None:
+    """Out of memory, this process and all below it go before what has a lower score (proc_pid_oom_score_adj(5))."""
+    with open("/proc/self/oom_score_adj", "r+") as file:
+        if int(file.read()) < score:
+            file.seek(0)
+            file.write(str(score))
 
 
 def lower_rlimit(kind: int, limit: int) -> None:

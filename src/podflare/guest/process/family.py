@@ -289,6 +289,7 @@ def _run_agent(
         socket.socket(fileno=birth.channel),
         home=birth.plan.home,
         before_repl=_repl_preparation(birth.plan),
+        before_shell=lambda: confine.prepare_user_code(birth.plan),
         fork_line=birth.line,
         hand_over=_handing_over(birth, namespaces) if adopts else None,
         carrier=carrier,
@@ -311,12 +312,8 @@ def _own_namespaces() -> List[int]:
 
 def _repl_preparation(plan: MachinePlan) -> Callable[[], None]:
     def before_repl() -> None:
-        sc.set_dumpable(True)  # /proc/self and /dev/fd are the REPL's own
         confine.empower_repl()
-        with open("/proc/self/oom_score_adj", "w") as file:
-            file.write("500")  # out of memory: the REPL goes before the agent
-        for kind, limit in plan.repl_rlimits:
-            confine.lower_rlimit(kind, limit)
+        confine.prepare_user_code(plan)
 
     return before_repl
 
