@@ -15,7 +15,7 @@ from podflare.wire import frames
 from podflare.wire.messages import Error, Exec, Exit, Interrupt, Kill, Ready, Result, from_guest, to_payload
 from podflare.wire.uplink import Uplink
 
-LIMITS = Limits(memory_bytes=512 * 2**20, disk_bytes=2**30, max_processes=128)
+LIMITS = Limits(memory_bytes=512 * 2**20, disk_bytes=4 * 2**30, max_processes=128)
 CELL_TIMEOUT_S = 60.0
 
 
