@@ -115,6 +115,23 @@ for address in ({addresses}): s.sendto(b"x" * 100, (address, 53))
         child.close()
 
 
+def test_what_nobody_reads_is_dropped_early(linked: DrivenMachine) -> None:
+    """A machine that sends without end has at most 64 packets in the kernel's memory, and is not held up."""
+    out = linked.run("""
+import socket
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+for _ in range(2000): s.sendto(bytes(60000), ("192.0.2.9", 9))
+print("sent")
+""")
+    assert out.stdout == "sent\n"
+    ends, count = linked.machine.uplink, 0
+    assert ends is not None
+    while select.select([ends.packets], [], [], 0)[0]:
+        os.read(ends.packets, MTU + 100)
+        count += 1
+    assert 0 < count <= 64
+
+
 def test_a_connection_is_ended_by_the_machines_own_kernel(linked: DrivenMachine) -> None:
     """A SYN that is written back with other ends reaches the listener: the bytes then come out of an accepted socket."""
     ends = linked.machine.uplink
