@@ -7,13 +7,14 @@ PY := .venv/bin/python
 # As another user than the checkout's owner there is nowhere to keep pytest's cache.
 PYTEST := $(PY) -m pytest $(shell test -w . || echo -p no:cacheprovider)
 TESTS ?= tests
-USER_TESTS ?= tests/contract tests/security tests/integration/process tests/integration/client tests/integration/egress
+USER_TESTS ?= tests/contract tests/security tests/integration/process tests/integration/client tests/integration/egress \
+  tests/chaos
 # Tests share nothing but the machine, so they run side by side, and they wait more than they work; JOBS=0 runs them
 # in one process (for a debugger).
 JOBS ?= 4
 ARGS ?=
 
-.PHONY: help setup demo test test-user test-unit check format docs bench soak lock clean
+.PHONY: help setup demo test test-user test-unit check format docs bench soak chaos lock clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +52,9 @@ bench: setup ## the numbers of SPEC.md: table and JSON (ARGS=--full for the long
 
 soak: setup ## the long tests
 	$(PYTEST) -m soak --timeout 3600 $(TESTS) $(ARGS)
+
+chaos: setup ## kill our processes at random under load for ten minutes (ARGS="--seconds 60 --seed 1")
+	PYTHONPATH=tests $(PY) -m chaos $(ARGS)
 
 lock: setup ## pin the newest versions in requirements/*.lock
 	scripts/lock.sh

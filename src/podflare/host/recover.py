@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,14 +38,21 @@ class Instance:
     living: tuple[str, ...] = ()
     """Names of other instances that live in the same data directory."""
     _lock: int = field(default=-1, repr=False)
+    _reaping: threading.Thread | None = field(default=None, repr=False)
 
     @property
     def outputs(self) -> Path:
         """Where kept output of cells goes."""
         return self.directory / "outputs"
 
+    def finish_reaping(self) -> None:
+        """Wait until nothing is left of the dead daemons that the start found."""
+        if self._reaping is not None:
+            self._reaping.join()
+
     def close(self) -> None:
-        """Remove the directory and give up the lock.  Idempotent."""
+        """Finish the reaping, remove the directory and give up the lock.  Idempotent."""
+        self.finish_reaping()
         if self._lock >= 0:
             try:
                 _remove(self.directory)
@@ -55,8 +63,9 @@ class Instance:
 
 
 def open_instance(data_dir: Path, reap: Reap) -> Instance:
-    """Make and lock this daemon's directory; remove the directories of dead daemons.
+    """Make and lock this daemon's directory; begin to remove the directories of dead daemons.
 
+    That goes on behind the start, in a thread: it takes as long as they had sandboxes.
     Raises: BadRequest if the data directory cannot be used (message says what to do).
     """
     instances = data_dir / "instances"
@@ -65,7 +74,7 @@ def open_instance(data_dir: Path, reap: Reap) -> Instance:
     try:
         _private(data_dir, mode)
         _private(instances, mode)
-        living = _reap_dead(instances, reap)
+        dead, living = _take_dead(instances)
         name = "i" + secrets.token_hex(6)
         # Made under a name that reaping skips and renamed when locked, so that nobody ever sees it unlocked.
         fresh = instances / f".new-{name}"
@@ -75,7 +84,9 @@ def open_instance(data_dir: Path, reap: Reap) -> Instance:
         fresh.rename(instances / name)
     except OSError as exc:
         raise BadRequest(f"cannot use the data directory {data_dir}: {exc}; choose another with --data-dir") from exc
-    return Instance(name, instances / name, living, lock)
+    reaping = threading.Thread(target=_reap_all, args=(dead, reap), name="reaping")
+    reaping.start()
+    return Instance(name, instances / name, living, lock, reaping)
 
 
 def _private(path: Path, mode: int) -> None:
@@ -103,19 +114,24 @@ def _lock(directory: Path) -> int:
     return lock
 
 
-def _reap_dead(instances: Path, reap: Reap) -> tuple[str, ...]:
-    living = []
+def _take_dead(instances: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
+    """The directories of dead daemons, each with its lock, now held here; and the names of those that live."""
+    dead, living = [], []
     for directory in sorted(instances.iterdir()):
-        if directory.name.startswith(".new-") and time.time() - directory.stat().st_mtime < FRESH_S:
-            continue
         try:
-            lock = _lock(directory)
+            if directory.name.startswith(".new-") and time.time() - directory.stat().st_mtime < FRESH_S:
+                continue
+            dead.append((directory, _lock(directory)))
         except BlockingIOError:
             living.append(directory.name)
-            continue
         except OSError:
             # Just removed by another daemon that reaps at the same time.
             continue
+    return dead, tuple(living)
+
+
+def _reap_all(dead: list[tuple[Path, int]], reap: Reap) -> None:
+    for directory, lock in dead:
         try:
             reap(directory, directory.name)
             _remove(directory)
@@ -124,7 +140,6 @@ def _reap_dead(instances: Path, reap: Reap) -> tuple[str, ...]:
             telemetry.problem("could not reap what a dead daemon left", instance=directory.name, error=exc)
         finally:
             os.close(lock)
-    return tuple(living)
 
 
 def _remove(directory: Path) -> None:

@@ -25,8 +25,11 @@ class Served:
         self.uds = f"{data_dir}/s"
         command = [sys.executable, "-m", "podflare", "serve", "--uds", self.uds, "--announce"]
         command += ["--data-dir", f"{data_dir}/d", "--pool-size", "0"]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        assert json.loads(self.process.stdout.readline())["ready"]
+        with open(f"{data_dir}/log", "ab") as log:
+            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
+        line = self.process.stdout.readline()
+        assert line, Path(f"{data_dir}/log").read_text()[-3000:]
+        assert json.loads(line)["ready"]
 
     def client(self) -> httpx.Client:
         return httpx.Client(transport=httpx.HTTPTransport(uds=self.uds), base_url="http://podflare", timeout=30)
@@ -105,6 +108,9 @@ def test_killed_at_any_moment(serve, data_dir, after_s):
             assert not merged or sandbox in seen["merging"]
             assert client.delete(f"/v1/sandboxes/{sandbox}").status_code == 204
         assert client.get("/v1/sandboxes").json() == {"sandboxes": []}
+        deadline = time.monotonic() + END_S
+        while len(os.listdir(instances)) > 1 and time.monotonic() < deadline:
+            time.sleep(0.01)  # what the first one left is removed behind the start
         (instance,) = os.listdir(instances)
         assert os.listdir(instances / instance / "machines") == []
         fresh = client.post("/v1/sandboxes").json()["id"]

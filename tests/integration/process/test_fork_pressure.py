@@ -219,3 +219,27 @@ def test_at_the_process_limit(new_machine, fork):
     parent.run("for one in sleepers: one.kill(); one.wait()")
     (child,) = fork(parent)
     assert child.run("print(len(sleepers) > 10)").stdout == "True\n"
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.004, 0.012, 0.025])
+def test_a_parent_that_is_closed_during_a_fork(portal, new_machine, after_s):
+    """Whether the fork comes to an end or not, nothing of it outlives parent and children."""
+    parent = new_machine()
+    before = machine_names(parent)
+    parent.run("open('/root/f', 'w').write('x' * 10**6)")
+    children: list[Machine] = []
+
+    async def fork_and_close() -> None:
+        async def fork() -> None:
+            with suppress(PodflareError):
+                children.extend(await parent.machine.fork(2, reseed=True, timeout_s=20))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(fork)
+            await anyio.sleep(after_s)  # the moment is what is varied here
+            tasks.start_soon(parent.machine.aclose)
+        for child in children:
+            await child.aclose()
+
+    portal.call(fork_and_close)
+    assert machine_names(parent) <= before - {parent.machine.id}

@@ -124,6 +124,7 @@ def test_only_dead_instances_are_reaped(tmp_path):
     living.kill()
     living.communicate()
     mine = open_instance(tmp_path / "data", reap)
+    mine.finish_reaping()
     assert len(reaped) == 1 and mine.living == ()
     assert os.listdir(tmp_path / "data" / "instances") == [mine.name]
     mine.close()
@@ -138,6 +139,7 @@ def test_directory_that_the_engine_cannot_reap_stays(tmp_path, caplog):
         raise OSError("a process resists")
 
     mine = open_instance(tmp_path / "data", resist)
+    mine.finish_reaping()
     assert left.is_dir() and "could not reap" in caplog.text
     mine.close()
 

@@ -7,6 +7,7 @@ below the daemon's own group, so that its own limits hold for the machines, too.
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import time
 from collections.abc import Iterable
@@ -226,7 +227,8 @@ def _version1(mounts: list[tuple[str, str, str]], own: dict[str, str], problems:
 
 
 def _try_group(parent: Path) -> None:
-    probe = parent / f"{PREFIX}probe-{os.getpid()}"
+    # A name of its own for each look: a daemon reaps in a thread while its engine starts.
+    probe = parent / f"{PREFIX}probe-{secrets.token_hex(6)}"
     probe.mkdir()
     probe.rmdir()
 

@@ -33,6 +33,29 @@ async def wait_readable(sock: socket.socket, timeout_s: float, what: str) -> Non
         loop.remove_reader(fd)
 
 
+async def run_to_end(*steps: Awaitable[object]) -> None:
+    """Await all of them, one after the other, and return after that, however often this is cancelled meanwhile.
+
+    For taking away what failed: whoever waits for the failure may be cancelled while it is taken away.
+    Raises: what a step raises; CancelledError at the end.
+    """
+
+    async def run() -> None:
+        for step in steps:
+            await step
+
+    task = asyncio.get_running_loop().create_task(run())
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as exc:
+            cancelled = exc
+    task.result()
+    if cancelled is not None:
+        raise cancelled
+
+
 Made = TypeVar("Made")
 
 

@@ -7,13 +7,12 @@ memory in use; the new machine can be forked like the first of its family.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import platform
 import socket
 from typing import Any
 
-from podflare.engines.linux.waiting import wait_readable
+from podflare.engines.linux.waiting import run_to_end, wait_readable
 from podflare.engines.process.birth import (
     STEP_TIMEOUT_S,
     Nursery,
@@ -71,9 +70,8 @@ async def carry_machine(
         await receive_repl(nursery, machine)
         await wait_readable(machine.channel, STEP_TIMEOUT_S, "the guest of the forked machine did not start")
     except BaseException:
-        if unborn is not None:
-            await asyncio.shield(give_up(unborn, layers))
-        await asyncio.shield(layers.release(capture.held))
+        given_up = [] if unborn is None else [give_up(unborn, layers)]
+        await run_to_end(*given_up, layers.release(capture.held))
         raise
     layers.end(capture)  # nothing may wait from here on, or a cancellation lost the machine
     return machine

@@ -9,7 +9,7 @@ from pathlib import Path
 from podflare.engines.base import EngineOptions, EngineReport, MachineSpec
 from podflare.engines.linux import cgroups, seccomp
 from podflare.engines.linux.ending import remove_tree
-from podflare.engines.linux.waiting import make_owned, wait_readable
+from podflare.engines.linux.waiting import make_owned, run_to_end, wait_readable
 from podflare.engines.process import carry, probe
 from podflare.engines.process.birth import (
     STEP_TIMEOUT_S,
@@ -127,7 +127,7 @@ class ProcessEngine:
             await wait_readable(machine.channel, STEP_TIMEOUT_S, "the guest of the new machine did not start")
             return machine
         except BaseException:
-            await asyncio.shield(give_up(unborn, self._layers) if unborn is not None else family.aclose())
+            await run_to_end(give_up(unborn, self._layers) if unborn is not None else family.aclose())
             raise
 
     def _ready(self) -> Nursery:
@@ -190,7 +190,7 @@ class ProcessEngine:
             children = await self._bear_nested(nursery, copy, count, reseed=reseed, timeout_s=timeout_s)
             await copy.aclose()
         except BaseException:
-            await asyncio.shield(self._discard(*children, copy))
+            await run_to_end(self._discard(*children, copy))
             raise
         for child in children:
             child.fork_report = copy.fork_report

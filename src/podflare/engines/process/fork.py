@@ -14,7 +14,7 @@ import struct
 from dataclasses import replace
 from typing import Any
 
-from podflare.engines.linux.waiting import wait_readable
+from podflare.engines.linux.waiting import run_to_end, wait_readable
 from podflare.engines.process import check
 from podflare.engines.process.birth import (
     STEP_TIMEOUT_S,
@@ -78,8 +78,7 @@ async def fork_machine(
         for child in children:
             child.parts.birth.close()
     except BaseException:
-        await asyncio.shield(_undo(layers, unborn))
-        await asyncio.shield(layers.release(capture.held))
+        await run_to_end(_undo(layers, unborn), layers.release(capture.held))
         raise
     layers.end(capture)  # nothing may wait from here on, or a cancellation lost the children
     return children

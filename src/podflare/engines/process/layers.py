@@ -64,6 +64,9 @@ class Layers:
         return self._root / name
 
     def retain(self, names: tuple[str, ...]) -> None:
+        """Raises: KeyError if one of them is not there any more; then none is retained."""
+        if not self._users.keys() >= set(names):
+            raise KeyError(names)
         for name in names:
             self._users[name] += 1
 

@@ -53,11 +53,13 @@ class Kinship:
     def born(self, parent: ProcessMachine, children: Iterable[ProcessMachine]) -> None:
         """A fork was made.  What the parent has been merged with, its children have been."""
         self._forks += 1
-        self._histories.setdefault(parent.id, ())
+        history = self._histories.get(parent.id, ())
+        if not parent.is_closed:  # else it is gone already, and would be remembered for ever
+            self._histories[parent.id] = history
         partners = [(pair - {parent.id}, layer) for pair, layer in self._merged.items() if parent.id in pair]
         for child in children:
             fork = Fork(self._forks, parent.id, child.parts.layers)
-            self._histories[child.id] = lengthened(self._histories[parent.id], fork)
+            self._histories[child.id] = lengthened(history, fork)
             for partner, layer in partners:
                 self._layers.retain((layer,))
                 self._merged[partner | {child.id}] = layer
@@ -96,11 +98,13 @@ class Kinship:
         if history and history[0].number not in self._kept and is_base(history[0], self._histories):
             self._layers.retain(history[0].layers)
             self._kept[history[0].number] = history[0]
-        for fork in [fork for fork in self._kept.values() if not is_base(fork, self._histories)]:
+        # All are found before the first is waited for: another machine may go meanwhile.
+        unneeded = [fork for fork in self._kept.values() if not is_base(fork, self._histories)]
+        for fork in unneeded:
             del self._kept[fork.number]
-            await self._layers.release(fork.layers)
-        for pair in [pair for pair in self._merged if machine.id in pair]:
-            await self._layers.release((self._merged.pop(pair),))
+        pairs = [self._merged.pop(pair) for pair in list(self._merged) if machine.id in pair]
+        for layers in [*(fork.layers for fork in unneeded), *((layer,) for layer in pairs)]:
+            await self._layers.release(layers)
 
 
 class ProcessFileMerge:

@@ -13,13 +13,14 @@ from typing import Any
 from podflare.engines.bundle import build_bundle
 from podflare.engines.linux.waiting import wait_readable
 from podflare.engines.process.family import Family
-from podflare.errors import IsolationIncomplete, MachineFailed, TemplateFailed
+from podflare.errors import IsolationIncomplete, MachineFailed, PodflareError, TemplateFailed
 from podflare.wire.plan import StagePlan, stage_to_json
 
 MAX_ANSWER_BYTES = 64 * 1024
 START_TIMEOUT_S = 60.0
 """Includes the template's preload imports, from a cold disk."""
 ORDER_TIMEOUT_S = 20.0
+LAST_WORDS_S = 2.0
 _TUNABLES = "glibc.malloc.hugetlb=1"
 """Large blocks of memory in huge pages, where the kernel gives them to who asks: a fork copies page tables, and those
 of 1 GiB in small pages take longer than the rest of it.  For machines' Python alone; what it executes is as ever."""
@@ -34,6 +35,7 @@ class Zygote:
         self._control: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = asyncio.Lock()
+        self._pidfd = -1
         self.held = -1
         """Descriptor that keeps the files of the template; each family gets a copy, the owner closes this one."""
         self.cold = ""
@@ -79,6 +81,26 @@ class Zygote:
                 raise TemplateFailed(str(answer["preload"]))
             raise IsolationIncomplete(f"the process engine could not build its stage: {answer['error']}")
         self.cold = str(answer.get("cold", ""))
+        self._pidfd = os.pidfd_open(self._process.pid)
+        asyncio.get_running_loop().add_reader(self._pidfd, self._on_end)
+
+    def _on_end(self) -> None:
+        """It ended by itself: nothing of it is to stay until somebody asks for its template again."""
+        self._unwatch()
+        if not self.alive:
+            self._let_go()
+
+    def _unwatch(self) -> None:
+        pidfd, self._pidfd = self._pidfd, -1
+        if pidfd >= 0:
+            asyncio.get_running_loop().remove_reader(pidfd)
+            os.close(pidfd)
+
+    def _let_go(self) -> None:
+        """A part of it that outlived it (guest/process/preload.py) ends with the control socket."""
+        if not self._lock.locked() and self._control is not None:
+            self._control.close()
+            self._control = None
 
     async def spawn(self) -> Family:
         """A new family, the caller's to close.
@@ -86,19 +108,26 @@ class Zygote:
         Raises: MachineFailed if the zygote refuses or is gone.
         If cancelled: no family exists.
         """
-        async with self._lock:
-            if self._control is None or not self.alive:
-                raise MachineFailed("the zygote of this template has ended; the next create starts another one")
-            # Shielded: an answer must be read by the call that ordered it, cancelled or not.
-            order = asyncio.get_running_loop().create_task(self._order(self._control))
+        try:
+            async with self._lock:
+                return await self._spawn()
+        finally:
+            if not self.alive:
+                self._let_go()
+
+    async def _spawn(self) -> Family:
+        if self._control is None or not self.alive:
+            raise MachineFailed("the zygote of this template has ended; the next create starts another one")
+        # Shielded: an answer must be read by the call that ordered it, cancelled or not.
+        order = asyncio.get_running_loop().create_task(self._order(self._control))
+        try:
+            return await asyncio.shield(order)
+        except asyncio.CancelledError:
             try:
-                return await asyncio.shield(order)
-            except asyncio.CancelledError:
-                try:
-                    await (await order).aclose()
-                except MachineFailed:
-                    pass  # nothing was made: nothing to give back
-                raise
+                await (await order).aclose()
+            except PodflareError:
+                pass  # nothing was made: nothing to give back
+            raise
 
     async def _order(self, control: socket.socket) -> Family:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
@@ -121,22 +150,25 @@ class Zygote:
         await wait_readable(self._control, timeout_s, "the zygote did not answer")
         data, received, _, _ = socket.recv_fds(self._control, MAX_ANSWER_BYTES, 1)
         if not data:
-            raise MachineFailed(f"the zygote died: {self._last_words()}")
+            raise MachineFailed(f"the zygote died: {await self._last_words()}")
         answer: dict[str, Any] = json.loads(data)
         if want_fd and received:
             os.set_inheritable(received[0], False)
             answer["pidfd"] = received[0]
         return answer
 
-    def _last_words(self) -> str:
+    async def _last_words(self) -> str:
         process = self._process
         if process is None or process.stderr is None:
             return "no message"
         try:
-            process.wait(2)
+            await asyncio.get_running_loop().run_in_executor(None, process.wait, LAST_WORDS_S)
         except subprocess.TimeoutExpired:
             return "no message"
-        return process.stderr.read(4096).decode("utf-8", "replace").strip() or f"exit status {process.returncode}"
+        # What is there, not up to the end: its families have the other end of the pipe, too, and live on.
+        os.set_blocking(process.stderr.fileno(), False)
+        words = process.stderr.read(4096) or b""
+        return words.decode("utf-8", "replace").strip() or f"exit status {process.returncode}"
 
     async def aclose(self) -> None:
         """End the zygote.  Idempotent."""
@@ -146,6 +178,7 @@ class Zygote:
         self._end()
 
     def _end(self) -> None:
+        self._unwatch()
         process, self._process = self._process, None
         if process is None:
             return
