@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from chaos.calls import Answer, Caller, Cut, Violation
-from chaos.model import CELL, LOST, Known, Wrong
+from chaos.model import CELL, Known, Wrong
 
 MAX_HELD = 4
 CREATE_S, CELL_S, FORK_S, MERGE_S, DIFF_S, SWITCH_S, CLOSE_S, FILE_S = 25.0, 4.0, 15.0, 20.0, 25.0, 28.0, 20.0, 30.0
@@ -188,7 +188,9 @@ class Worker:
         last, said = events[-1], [event["data"] for event in events if event["type"] == "stdout"]
         if said not in ([], [token]):
             raise Violation(f"{known.id}: {token} was answered with {said}")
-        known.states = {LOST} if last["restarted"] else before
+        known.states = before
+        if last["restarted"]:
+            known.restarted()
         if last["reason"] != "ended":
             raise self._not_ended(known, last)
         # With its sleep killed, bash goes on to the echo.

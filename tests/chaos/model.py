@@ -17,7 +17,6 @@ print("{token}", state, open("/proc/1/stat").read().rpartition(")")[2].split()[1
 """
 """Prints its token, the state, and when the sandbox's first process began: by that it is known from outside."""
 LOST = ""
-MAX_STATES = 64
 
 
 def fold(state: str, token: str) -> str:
@@ -39,39 +38,48 @@ class Known:
     """What the variable may be now."""
     files: dict[str, set[bytes | None]] = field(default_factory=dict)
     """Path -> what the file may hold, None for no file."""
+    brought: set[str] = field(default_factory=set)
+    """What merges brought since its last cell: so long a process may be lost and nobody has said so yet."""
     born: str = ""
     """The first process's start, as the latest whole answer said."""
 
     def fork(self, child: str, since: float) -> Known:
         """A fork of it."""
         files = {path: set(contents) for path, contents in self.files.items()}
-        return Known(child, since, set(self.states), files)
+        return Known(child, since, set(self.states), files, set(self.brought))
 
     def may_have_run(self, token: str) -> None:
         """A cell's outcome is not known: it has run, or not, or was killed with its process."""
-        self._set(self.states | {fold(state, token) for state in self.states} | {LOST})
+        self.states = self.states | {fold(state, token) for state in self.states} | {LOST}
 
     def may_be_lost(self) -> None:
-        self._set(self.states | {LOST})
+        self.states = self.states | {LOST}
 
     def has_run(self, token: str, state: str, *, restarted: bool) -> None:
         """A cell ended as it should and printed `state`.  Raises: Wrong."""
-        allowed = {fold(one, token) for one in ({LOST} if restarted else self.states)}
+        allowed = {fold(one, token) for one in (self.after_a_loss if restarted else self.states)}
         if state not in allowed:
             fresh = " (that of a new Python process, and nobody said so)" if state == fold(LOST, token) else ""
             raise Wrong(f"{self.id}: state {state}{fresh} after {token}, possible were {sorted(allowed)}")
-        self.states = {state}
+        self.states, self.brought = {state}, set()
+
+    @property
+    def after_a_loss(self) -> set[str]:
+        return {LOST, *self.brought}
 
     def restarted(self) -> None:
         """The daemon said that the Python process is a new one."""
-        self.states = {LOST}
+        self.states = self.after_a_loss
 
     def become(self, winner: Known) -> None:
         self.states, self.files, self.born = winner.states, winner.files, winner.born
+        self.brought = winner.brought
 
     def merge(self, other: Known) -> None:
         """Changes of `other` were brought in, or may have been."""
-        self._set(self.states | other.states)
+        # LOST: its process may be a new one, and what a new one lacks is removed here, too.
+        self.states = self.states | other.states | {LOST}
+        self.brought |= other.states
         for path, contents in other.files.items():
             self.files[path] = self.files.get(path, {None}) | contents
 
@@ -81,14 +89,6 @@ class Known:
         if content not in allowed:
             raise Wrong(f"{self.id}: {path} holds {_shown(content)}, possible were {sorted(map(_shown, allowed))}")
         self.files[path] = {content}
-
-    def _set(self, states: set[str]) -> None:
-        # Too many to follow: such a sandbox is closed by its user, not checked less.
-        self.states = states
-
-    @property
-    def unclear(self) -> bool:
-        return len(self.states) > MAX_STATES
 
 
 def _shown(content: bytes | None) -> str:
