@@ -13,8 +13,9 @@ USER_TESTS ?= tests/contract tests/security tests/integration/process tests/inte
 # in one process (for a debugger).
 JOBS ?= 4
 ARGS ?=
+FACTOR ?= 50
 
-.PHONY: help setup demo test test-user test-unit check format docs bench soak chaos lock clean
+.PHONY: help setup demo test test-user test-unit check format docs bench soak chaos fuzz lock clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +53,9 @@ bench: setup ## the numbers of SPEC.md: table and JSON (ARGS=--full for the long
 
 soak: setup ## the long tests
 	$(PYTEST) -m soak --timeout 3600 $(TESTS) $(ARGS)
+
+fuzz: setup ## what fuzzes in make test, with FACTOR (50) times as many examples (TESTS=tests/fuzz/test_http.py for one)
+	FUZZ_FACTOR=$(FACTOR) $(PYTEST) -n $(JOBS) --timeout 3600 $(if $(filter tests,$(TESTS)),tests/fuzz,$(TESTS)) $(ARGS)
 
 chaos: setup ## kill our processes at random under load for ten minutes (ARGS="--seconds 60 --seed 1")
 	PYTHONPATH=tests $(PY) -m chaos $(ARGS)

@@ -29,7 +29,7 @@ from podflare.engines.templates.build import build
 from podflare.engines.templates.definition import parse
 from podflare.engines.templates.pip import Sources
 from podflare.engines.templates.store import TemplateStore
-from podflare.errors import TemplateFailed, UnknownTemplate
+from podflare.errors import MachineFailed, TemplateFailed, UnknownTemplate
 from podflare.wire.plan import IdMap
 from podflare.wire.uplink import Uplink
 from wheels import make_wheel
@@ -353,6 +353,37 @@ def test_without_namespaces_for_ordinary_users_nothing_is_preloaded(portal: Bloc
             assert "Invalid argument" in zygote.cold and zygote.alive
         finally:
             portal.call(zygote.aclose)
+
+
+def test_a_zygote_that_dies_with_an_order_in_hand(portal: BlockingPortal, root: Path) -> None:
+    """Whoever ordered is told; the daemon does not wait for the sandboxes that have its last words' pipe, too; a dead
+    zygote is no zombie, though nobody asks for its template again."""
+    with started(portal, root) as engine:
+        living = create(portal, engine, "tiny")
+        warm = engine._zygotes._warm["tiny"].zygote
+        assert warm._process is not None
+        pid = warm._process.pid
+        os.kill(pid, signal.SIGSTOP)
+        for part in children_of(pid):  # the part of it that makes families
+            os.kill(part, signal.SIGSTOP)
+        ordered = portal.start_task_soon(functools.partial(engine.create, MachineSpec("tiny", LIMITS), timeout_s=20))
+        deadline = time.monotonic() + 20
+        while not warm._lock.locked() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        for one in (*children_of(pid), pid):
+            os.kill(one, signal.SIGKILL)
+        with pytest.raises(MachineFailed, match="the zygote died"):
+            ordered.result(30)
+        assert living.run("print(6 * 7)").stdout == "42\n"
+        while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not Path(f"/proc/{pid}").exists()
+        living.close()
+
+
+def children_of(pid: int) -> list[int]:
+    """Processes that a process with one thread has forked."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def kill_zygotes(engine: ProcessEngine) -> None:

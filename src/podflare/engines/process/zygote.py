@@ -148,7 +148,10 @@ class Zygote:
     async def _answer(self, timeout_s: float, *, want_fd: bool = False) -> dict[str, Any]:
         assert self._control is not None
         await wait_readable(self._control, timeout_s, "the zygote did not answer")
-        data, received, _, _ = socket.recv_fds(self._control, MAX_ANSWER_BYTES, 1)
+        try:
+            data, received, _, _ = socket.recv_fds(self._control, MAX_ANSWER_BYTES, 1)
+        except ConnectionResetError:  # it ended with the order unread
+            data, received = b"", []
         if not data:
             raise MachineFailed(f"the zygote died: {await self._last_words()}")
         answer: dict[str, Any] = json.loads(data)
