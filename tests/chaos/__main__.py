@@ -9,7 +9,6 @@ import argparse
 import random
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 from chaos.judge import Judge
@@ -18,7 +17,7 @@ from chaos.stand import Stand
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="chaos", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--seconds", type=float, default=600, help="of load; the looks at what is left come on top")
     parser.add_argument("--seed", type=int, default=None, help="printed; the same again draws the same events")
     parser.add_argument("--clients", type=int, default=3, help="processes, of two threads each")
     parser.add_argument("--round", type=float, default=12, help="seconds between two looks at what is left")
@@ -29,14 +28,16 @@ def main() -> int:
     print(f"seed {seed}", flush=True)
     judge = Judge()
     draw = random.Random(seed)
-    until = time.monotonic() + given.seconds
+    left = given.seconds
     with tempfile.TemporaryDirectory(prefix="pfc-") as folder:
         Path(folder).chmod(0o711)  # a machine of a root daemon enters with another id
         with Stand(Path(folder), judge, draw, restart_limit_s=given.restart_limit) as stand:
             number = 0
-            while (left := until - time.monotonic()) > 0 and not judge.violations:
+            while left > 0 and not judge.violations:
                 judge.calm = number == 0
-                stand.round(number, min(given.round / (1 if number else 4), left), given.clients)
+                seconds = min(given.round / (1 if number else 4), left)
+                stand.round(number, seconds, given.clients)
+                left -= seconds
                 print(f"round {number}: {stand.words()}", flush=True)
                 number += 1
     if given.history:

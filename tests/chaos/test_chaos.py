@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SECONDS = "12"
+SECONDS = "9"
 
 
 @pytest.mark.slow
@@ -23,4 +23,4 @@ def test_nothing_is_lost_mixed_up_or_left_when_processes_are_killed() -> None:
     done = subprocess.run([*command, "--restart-limit", "30"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     events, operations = (int(number) for number in re.findall(r"^(?:events|operations) +(\d+)", done.stdout, re.M))
-    assert events >= 5 and operations >= 50, done.stdout
+    assert events >= 2 and operations >= 20, done.stdout
