@@ -258,7 +258,6 @@ def _run_agent(
         if os.read(birth.birth, 16) != b"mount":
             os._exit(1)
         namespaces = _own_namespaces() if adopts else []
-        # On the stage: the device is nowhere in the machine's own root.
         way_out = uplink.open_interface(birth.plan)
         confine.enter_root(stage, birth.plan)
         confine.set_identity(birth.plan)
