@@ -195,7 +195,8 @@ class FirecrackerVm:
         # The paths of sockets are short however long that of the directory is.
         self._folder = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         here = Path(f"/proc/self/fd/{self._folder}")
-        transport = httpx.AsyncHTTPTransport(uds=str(here / orders.API_SOCKET), verify=False, retries=0)
+        self._api = str(here / orders.API_SOCKET)
+        transport = httpx.AsyncHTTPTransport(uds=self._api, verify=False)
         self._client = httpx.AsyncClient(transport=transport, base_url="http://firecracker", timeout=ORDER_TIMEOUT_S)
         self._relays = tuple(PortRelay(here / orders.VSOCK, port) for port in (CHANNEL_VSOCK_PORT, CONTROL_VSOCK_PORT))
         self.channel, self.control = (relay.outer for relay in self._relays)
@@ -208,10 +209,18 @@ class FirecrackerVm:
     async def wait_ready(self) -> None:
         """Until it takes orders.  Raises: MachineFailed with what it said."""
         ends_s = time.monotonic() + START_TIMEOUT_S
-        while not (self._root / orders.API_SOCKET).is_socket():
+        while not await self._listens():
             if self._gone.done() or time.monotonic() > ends_s:
                 raise MachineFailed(f"Firecracker did not start: {self._last_words()}")
             await asyncio.sleep(_START_POLL_S)
+
+    async def _listens(self) -> bool:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK) as sock:
+            try:
+                await asyncio.get_running_loop().sock_connect(sock, self._api)
+            except (FileNotFoundError, ConnectionRefusedError):
+                return False  # the file is there a moment before anybody listens
+        return True
 
     def _last_words(self) -> str:
         self.console.close()

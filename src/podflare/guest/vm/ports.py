@@ -82,10 +82,12 @@ class VsockPort(Port):
         return found if self._peer is None else (*found, self._peer.fileno())
 
     def peer(self) -> int:
-        poll = select.poll()
-        poll.register(self._listener, select.POLLIN)
-        poll.poll(0 if self._peer is not None else int(PEER_TIMEOUT_S * 1000))
         self._accept()
+        if self._peer is not None and _wait(self._peer, select.POLLHUP | select.POLLERR, 0):
+            self._drop()  # of before a restore; the new one may come a moment later
+        if self._peer is None:
+            _wait(self._listener, select.POLLIN, PEER_TIMEOUT_S)
+            self._accept()
         if self._peer is None:
             raise OSError(errno.ETIMEDOUT, "nobody has connected")
         return self._peer.fileno()
@@ -135,6 +137,12 @@ class VsockPort(Port):
         if self._peer is not None:
             self._peer.close()
             self._peer = None
+
+
+def _wait(sock: socket.socket, events: int, timeout_s: float) -> bool:
+    poll = select.poll()
+    poll.register(sock, events)
+    return bool(poll.poll(int(timeout_s * 1000)))
 
 
 def find(name: str) -> Port:
