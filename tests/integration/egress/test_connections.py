@@ -229,6 +229,23 @@ def test_a_gate_that_hangs_is_replaced(portal, world, settings):
         inside.close()
 
 
+def test_the_gate_has_no_privileges(keeper):
+    """It has no capability, cannot get one or start a program, knows nothing of the daemon's environment, and is not root."""
+    status = dict(line.split(":\t", 1) for line in Path(f"/proc/{keeper.gate_pid}/status").read_text().splitlines())
+    assert {status[name] for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")} == {"0" * 16}
+    assert status["NoNewPrivs"] == "1" and status["Seccomp"] == "2"
+    assert (
+        "0" not in status["Uid"].split()
+        and "0" not in status["Gid"].split()
+        and status["Groups"].split() in ([], [str(os.getgid())])
+    )
+    limits = Path(f"/proc/{keeper.gate_pid}/limits").read_text()
+    assert next(line for line in limits.splitlines() if line.startswith("Max core file")).split()[4] == "0"
+    if os.getuid() == 0:
+        names = {entry.partition("=")[0] for entry in Path(f"/proc/{keeper.gate_pid}/environ").read_text().split("\0")}
+        assert names <= {"PATH", "PYTHONPATH", "PYTHONHOME", "LANG", "LC_CTYPE", ""}
+
+
 def test_a_gate_that_cannot_start_is_an_error(portal, world):
     """What cannot be started, dies at once or says nothing is told as an error within its time, and leaves nothing."""
     inside = worlds.Inside(world.ca_file.parent)
