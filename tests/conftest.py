@@ -8,13 +8,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 import vms
 from machines import LIMITS, DrivenMachine
-from podflare.engines.base import EngineOptions, Limits
+from podflare.engines.base import Engine, EngineOptions, Limits
 from podflare.engines.microvm.image.store import Image, ImageStore
 from podflare.engines.process.engine import ProcessEngine
 from podflare.wire.uplink import Uplink
@@ -64,14 +65,38 @@ def portal() -> Iterator[BlockingPortal]:
         yield running
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests marked `both_engines` run on each; others, as far as they ask for an engine, on the process engine."""
+    if "engine_name" in metafunc.fixturenames:
+        names: list[Any] = ["process"]
+        if metafunc.definition.get_closest_marker("both_engines"):
+            names.append(pytest.param("microvm", marks=vms.MARKS))
+        metafunc.parametrize("engine_name", names, indirect=True, scope="session")
+
+
 @pytest.fixture(scope="session")
-def engine(portal: BlockingPortal, private_temp: Path) -> Iterator[ProcessEngine]:
-    """A started process engine with a data directory of its own."""
+def engine_name(request: pytest.FixtureRequest) -> str:
+    """Which engine makes the machines of this test."""
+    name = str(request.param)
+    if name == "microvm":
+        vms.skip_without(*vms.PROGRAMS)
+    return name
+
+
+@pytest.fixture(scope="session")
+def engine(
+    request: pytest.FixtureRequest, engine_name: str, portal: BlockingPortal, private_temp: Path
+) -> Iterator[Engine]:
+    """A started engine with a data directory of its own."""
     folder = tempfile.mkdtemp(prefix="e", dir=private_temp)
     Path(folder).chmod(0o711)
+    store = request.getfixturevalue("image_store") if engine_name == "microvm" else None
 
-    async def make() -> ProcessEngine:
-        made = ProcessEngine(EngineOptions(data_dir=folder, instance=Path(folder).name))
+    async def make() -> Engine:
+        options = EngineOptions(data_dir=folder, instance=Path(folder).name)
+        if store is not None:
+            return await vms.started_engine(options, store)
+        made = ProcessEngine(options)
         await made.start()
         return made
 
@@ -82,7 +107,7 @@ def engine(portal: BlockingPortal, private_temp: Path) -> Iterator[ProcessEngine
 
 
 @pytest.fixture
-def new_machine(portal: BlockingPortal, engine: ProcessEngine) -> Iterator[Callable[..., DrivenMachine]]:
+def new_machine(portal: BlockingPortal, engine: Engine) -> Iterator[Callable[..., DrivenMachine]]:
     """Makes machines; all are closed at the end of the test."""
     made: list[DrivenMachine] = []
 

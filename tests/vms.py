@@ -5,17 +5,26 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from machines import LIMITS
+from podflare.engines.base import EngineOptions, MachineSpec
+from podflare.engines.microvm.engine import MicrovmEngine
 from podflare.engines.microvm.image import recipe, tools
 from podflare.engines.microvm.image.build import build
 from podflare.engines.microvm.image.store import Image, ImageStore
 
 KEPT = Path(__file__).resolve().parent.parent / "build" / "test-images"
+BOOT_TIMEOUT_S = 300.0
 PROGRAMS = ("qemu-system-x86_64", "mkfs.ext4")
 """What running virtual machines needs, besides what building an image does."""
+
+
+MARKS = (pytest.mark.timeout(400), pytest.mark.microvm)
+"""Of tests in which virtual machines run: the first one waits for the image and its first boot."""
 
 
 def skip_without(*programs: str) -> None:
@@ -40,3 +49,13 @@ def shared_store() -> ImageStore:
 def default_image(store: ImageStore) -> Image:
     """The default template's image in the store; built if it is not there or of another version of the code."""
     return build(recipe.default(), store, again=False, tell=lambda step, done: None).image
+
+
+async def started_engine(options: EngineOptions, store: ImageStore) -> MicrovmEngine:
+    """A microvm engine whose default template has been booted: later machines are restored."""
+    default_image(store)
+    engine = MicrovmEngine(replace(options, image_dir=str(store.root)))
+    await engine.start()
+    machine = await engine.create(MachineSpec("default", LIMITS), timeout_s=BOOT_TIMEOUT_S)
+    await machine.aclose()
+    return engine

@@ -6,41 +6,61 @@ import shutil
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from anyio.from_thread import BlockingPortal
 
+import vms
 from machines import DrivenMachine
 from podflare.engines.base import Engine, EngineOptions
 from podflare.engines.fake import FakeEngine
+from podflare.engines.microvm.engine import MicrovmEngine
+from podflare.engines.microvm.image.store import ImageStore
 from podflare.engines.process.engine import ProcessEngine
 
 
-async def make_fake(folder: Path) -> Engine:
+async def make_fake(folder: Path, images: ImageStore | None) -> Engine:
     """The engine without walls."""
     return FakeEngine()
 
 
-async def make_process(folder: Path) -> Engine:
+async def make_process(folder: Path, images: ImageStore | None) -> Engine:
     """The engine of namespaces and kernel fork."""
     return ProcessEngine(EngineOptions(data_dir=str(folder), instance=folder.name))
 
 
-ENGINES: dict[str, Callable[[Path], Awaitable[Engine]]] = {"fake": make_fake, "process": make_process}
+async def make_microvm(folder: Path, images: ImageStore | None) -> Engine:
+    """The engine of virtual machines."""
+    assert images is not None
+    options = EngineOptions(data_dir=str(folder), instance=folder.name)
+    started = await vms.started_engine(options, images)
+    await started.aclose()  # it has booted now, which the time limits of these tests do not allow for
+    return MicrovmEngine(replace(options, image_dir=str(images.root)))
 
 
-@pytest.fixture(scope="session", params=sorted(ENGINES))
+Maker = Callable[[Path, ImageStore | None], Awaitable[Engine]]
+ENGINES: dict[str, Maker] = {"fake": make_fake, "process": make_process, "microvm": make_microvm}
+PARAMETERS = [pytest.param(name, marks=vms.MARKS if name == "microvm" else ()) for name in sorted(ENGINES)]
+
+
+@pytest.fixture(scope="session", params=PARAMETERS)
 def open_engines(
     request: pytest.FixtureRequest, portal: BlockingPortal, private_temp: Path
 ) -> Callable[[], AbstractContextManager[Engine]]:
     """A context with a new engine of one kind, not started; it is closed and its folder removed at the end."""
 
+    images = None
+    if request.param == "microvm":
+        vms.skip_without(*vms.PROGRAMS)
+        images = request.getfixturevalue("image_store")
+
     @contextmanager
     def open_engine() -> Iterator[Engine]:
         folder = Path(tempfile.mkdtemp(prefix="e", dir=private_temp))
         folder.chmod(0o711)
-        engine = portal.call(ENGINES[request.param], folder)
+        engine = portal.call(ENGINES[request.param], folder, images)
         try:
             yield engine
         finally:
@@ -63,6 +83,12 @@ def engine(open_engines: Callable[[], AbstractContextManager[Engine]], portal: B
     with open_engines() as started:
         portal.call(started.start)
         yield started
+
+
+@pytest.fixture(scope="session")
+def part(request: pytest.FixtureRequest, engine: Engine) -> int:
+    """By what the tests that need much computing are divided where instructions may be translated one by one."""
+    return 20 if engine.name == "microvm" else 1
 
 
 @pytest.fixture

@@ -50,6 +50,8 @@ from podflare.wire.version import PROTOCOL
 
 BASH_GRACE_S = 0.25
 """A bash cell that was interrupted may run its traps for this long before it is killed with all it started."""
+AGAIN_S = 0.25
+"""After an interrupt, what a Python cell started meanwhile is ended, too."""
 _MAX_UNREAD_BYTES = 32 * 1024 * 1024
 """Answers to tool calls that may wait for a REPL which does not read them."""
 _SUPERVISED = 2**32 - 1
@@ -390,6 +392,8 @@ class Agent:
             self._interpreter.link.send(frames.MESSAGE, cell.channel, payload)
         processes.send_signal(self._interpreter.pid, INTERRUPT_SIGNAL)
         self._sweep(cell)
+        # It may have been on its way into system(3), which waits for its command before Python sees the signal.
+        cell.after(AGAIN_S, self._sweep)
 
     def _kill(self, cell: _Cell) -> None:
         cell.killed = True

@@ -139,7 +139,7 @@ class MicrovmEngine:
 
     async def _bear(self, spec: MachineSpec, timeout_s: float) -> tuple[MicrovmMachine, ...]:
         nursery, origins = self._ready()
-        image = await asyncio.get_running_loop().run_in_executor(None, self._images.get, spec.template)
+        image = await asyncio.get_running_loop().run_in_executor(None, self._images.take, spec.template)
         shape = shape_of(spec.limits, cpus=self._cpus)
         booting = asyncio.get_running_loop().create_task(origins.get(image, shape, disk_bytes_of(spec.limits)))
         self._booting.add(booting)
@@ -198,6 +198,7 @@ class MicrovmEngine:
         if self._booting:
             await asyncio.wait(list(self._booting))
         await _discard(list(self._machines))
+        self._images.release()
         nursery, self._nursery = self._nursery, None
         if nursery is not None and nursery.cgroups.version:
             nursery.cgroups.remove_instance(self._options.instance)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 
 from podflare.engines.microvm.image.build import guest_digest
@@ -23,6 +24,8 @@ class Images:
     def __init__(self, folder: str) -> None:
         """Args: folder: empty: there are none."""
         self._store = ImageStore(Path(folder)) if folder else None
+        self._held: dict[str, int] = {}
+        """Checksum -> lock on the files of an image in use: without its root no machine of it could be forked."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -34,6 +37,18 @@ class Images:
             known = ", ".join(self.names) or "none; podflare image build makes the default one"
             raise UnknownTemplate(f"no image of template {template!r:.80} has been built; there is: {known}")
         return self._store.get(template, guest=_guest())
+
+    def take(self, template: str) -> Image:
+        """As `get`, and its files stay until `release`.  Raises: OSError, too."""
+        image = self.get(template)
+        if self._store is not None and image.checksum not in self._held:
+            self._held[image.checksum] = self._store.hold(image)
+        return image
+
+    def release(self) -> None:
+        """Images may go.  Idempotent."""
+        while self._held:
+            os.close(self._held.popitem()[1])
 
     def describe(self, template: str) -> TemplateInfo:
         """As Engine.describe."""
