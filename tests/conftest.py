@@ -66,10 +66,12 @@ def portal() -> Iterator[BlockingPortal]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests marked `both_engines` run on each; others, as far as they ask for an engine, on the process engine."""
+    """Tests marked `both_engines` run on each, those marked `microvm` on that, others on the process engine."""
     if "engine_name" in metafunc.fixturenames:
         names: list[Any] = ["process"]
-        if metafunc.definition.get_closest_marker("both_engines"):
+        if metafunc.definition.get_closest_marker("microvm"):
+            names = [pytest.param("microvm", marks=vms.MARKS)]
+        elif metafunc.definition.get_closest_marker("both_engines"):
             names.append(pytest.param("microvm", marks=vms.MARKS))
         metafunc.parametrize("engine_name", names, indirect=True, scope="session")
 

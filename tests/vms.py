@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from machines import LIMITS
-from podflare.engines.base import EngineOptions, MachineSpec
+from podflare import Sandbox
+from podflare.engines.base import Engine, EngineOptions, MachineSpec
 from podflare.engines.microvm.engine import MicrovmEngine
 from podflare.engines.microvm.image import recipe, tools
 from podflare.engines.microvm.image.build import build
 from podflare.engines.microvm.image.store import Image, ImageStore
+from podflare.errors import DeadlineExceeded
 
 KEPT = Path(__file__).resolve().parent.parent / "build" / "test-images"
 BOOT_TIMEOUT_S = 300.0
@@ -56,6 +59,22 @@ async def started_engine(options: EngineOptions, store: ImageStore) -> MicrovmEn
     default_image(store)
     engine = MicrovmEngine(replace(options, image_dir=str(store.root)))
     await engine.start()
+    await boot(engine)
+    return engine
+
+
+async def boot(engine: Engine) -> None:
+    """Make one machine, which boots the template if nobody has yet."""
     machine = await engine.create(MachineSpec("default", LIMITS), timeout_s=BOOT_TIMEOUT_S)
     await machine.aclose()
-    return engine
+
+
+def boot_over_http(url: str) -> None:
+    """The same of a daemon, whose creates wait less long than a boot may take."""
+    deadline = time.monotonic() + BOOT_TIMEOUT_S
+    while True:
+        try:
+            with Sandbox(host=url):
+                return
+        except DeadlineExceeded:
+            assert time.monotonic() < deadline

@@ -82,6 +82,8 @@ def engine(open_engines: Callable[[], AbstractContextManager[Engine]], portal: B
     """A started engine, shared by the tests."""
     with open_engines() as started:
         portal.call(started.start)
+        if started.name == "microvm":
+            portal.call(vms.boot, started)  # from now on it holds the image
         yield started
 
 

@@ -108,6 +108,7 @@ def test_a_cell_that_breaks_its_interpreter(attacker, code, reason):
     assert_alive(attacker)
 
 
+@pytest.mark.both_engines
 def test_output_that_looks_like_frames_is_output(attacker):
     """Bytes of the guest protocol on stdout and stderr arrive as those bytes and change nothing."""
     out = attacker.run("""
@@ -122,6 +123,7 @@ print("after")
     assert_alive(attacker)
 
 
+@pytest.mark.both_engines
 def test_garbage_on_every_descriptor(attacker):
     """Writing garbage to every descriptor that can be found breaks at most this sandbox's interpreter."""
     attacker.run("""

@@ -29,6 +29,7 @@ except OSError:
     assert "LEAK b''" in out.stdout or "LEAK" not in out.stdout, out.stdout
 
 
+@pytest.mark.both_engines
 def test_a_secret_of_the_host_is_found_nowhere(attacker, private_temp):
     """A file that the host makes in its temporary directory is not visible under any path that the sandbox can list."""
     secret = private_temp / "secret-host-file-4711"

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import socket
 
+import pytest
 
+
+@pytest.mark.both_engines
 def test_nothing_of_the_host_can_be_reached(attacker):
     """The host's loopback listener, its addresses, the metadata address and public ones fail at once."""
     with socket.create_server(("0.0.0.0", 0)) as server:
@@ -57,6 +60,7 @@ for family, protocol in ((socket.AF_INET, 1), (socket.AF_INET, 255), (socket.AF_
     assert {(1, 1), (2, 1), (10, 1)} <= pairs
 
 
+@pytest.mark.both_engines
 def test_loopback_works_and_is_private(attacker, new_machine):
     """Two sandboxes can both listen on one port; each reaches only itself."""
     other = new_machine()

@@ -6,7 +6,10 @@ import os
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.both_engines
 def test_only_own_processes_are_visible(attacker):
     """/proc lists the sandbox's processes only, first among them its agent as pid 1."""
     out = attacker.run("import os; print(sorted(int(p) for p in os.listdir('/proc') if p.isdigit()), os.getppid())")
@@ -37,6 +40,7 @@ for pid in range(2, 40000):
     assert os.getppid() > 0
 
 
+@pytest.mark.both_engines
 def test_the_agent_survives_every_signal(attacker):
     """Pid 1 of the sandbox cannot be ended or stopped from inside, and goes on to serve."""
     attacker.run("""
@@ -101,6 +105,7 @@ except OSError: pass
     assert out.stdout == "{}\n", out.stdout
 
 
+@pytest.mark.both_engines
 def test_identity_cannot_be_changed(attacker):
     """setuid, setgid, setgroups and chown to another id fail."""
     out = attacker.run("""
@@ -115,6 +120,7 @@ for call in (lambda: os.setuid(1), lambda: os.setgid(1), lambda: os.setgroups([1
     assert out.stdout == "", out.stdout
 
 
+@pytest.mark.both_engines
 def test_the_daemons_environment_is_unknown(attacker):
     """No variable of the daemon reaches the sandbox."""
     out = attacker.run("import os; print(sorted(os.environ))")

@@ -8,17 +8,24 @@ from pathlib import Path
 
 import pytest
 
+import vms
 from daemons import ServedDaemon, served
 from networks import networked as networked
 from podflare import Sandbox, close_default_client
 
 
 @pytest.fixture(scope="session")
-def sdk_daemon(private_temp: Path) -> Iterator[ServedDaemon]:
+def sdk_daemon(request: pytest.FixtureRequest, engine_name: str, private_temp: Path) -> Iterator[ServedDaemon]:
     """A daemon on loopback for this folder's tests."""
     folder = Path(tempfile.mkdtemp(prefix="s", dir=private_temp))
     folder.chmod(0o711)
-    with served(folder, gate=True) as daemon:
+    if engine_name == "process":
+        with served(folder, gate=True) as daemon:
+            yield daemon
+        return
+    image = request.getfixturevalue("image")
+    with served(folder, "--engine", engine_name, "--image-dir", str(image.directory.parent.parent)) as daemon:
+        vms.boot_over_http(daemon.url)
         yield daemon
 
 

@@ -31,6 +31,7 @@ from podflare import (
 pytestmark = pytest.mark.timeout(90)
 
 
+@pytest.mark.both_engines
 def test_first_steps(sandbox: Sandbox) -> None:
     """State stays between cells, bash sees the same files, a bad cell leaves everything usable."""
     assert sandbox.run_code("x = 6 * 7\nprint(x)").stdout == "42"
@@ -44,12 +45,14 @@ def test_first_steps(sandbox: Sandbox) -> None:
     assert sandbox.run_code("print(x)").stdout == "42"
 
 
+@pytest.mark.both_engines
 def test_last_value_is_a_result_not_output(sandbox: Sandbox) -> None:
     """The value of a last expression arrives as a rich result beside an empty stdout."""
     result = sandbox.run_code("{'a': 1}")
     assert (result.stdout, result.results[0].text, result.duration > 0) == ("", "{'a': 1}", True)
 
 
+@pytest.mark.both_engines
 def test_stream_arrives_while_the_cell_runs(sandbox: Sandbox) -> None:
     """An event is here before the cell goes on: the cell waits for a file made after its first line was seen."""
     code = (
@@ -63,6 +66,7 @@ def test_stream_arrives_while_the_cell_runs(sandbox: Sandbox) -> None:
     assert seen == ["one", "two", 0]
 
 
+@pytest.mark.both_engines
 def test_leaving_a_stream_frees_the_sandbox(sandbox: Sandbox) -> None:
     """A stream left early interrupts its cell, so that the next call does not wait for it."""
     for _event in sandbox.run_code_stream("import time\nprint('on')\nwhile True: time.sleep(0.1)"):
@@ -72,6 +76,7 @@ def test_leaving_a_stream_frees_the_sandbox(sandbox: Sandbox) -> None:
     assert time.monotonic() - started < 10
 
 
+@pytest.mark.both_engines
 def test_timeout_keeps_the_state(sandbox: Sandbox) -> None:
     """A cell above its timeout ends with 124 and says so; variables are still there."""
     sandbox.run_code("x = 1")

@@ -45,6 +45,7 @@ def parent(sdk_daemon: ServedDaemon) -> Iterator[Sandbox]:
         yield sandbox
 
 
+@pytest.mark.both_engines
 def test_branches_go_their_own_ways(parent: Sandbox) -> None:
     """Children have the parent's variables and files; no change crosses in any direction; the tree is told."""
     with ExitStack() as stack:
@@ -76,6 +77,7 @@ def test_what_cannot_cross_is_told(parent: Sandbox) -> None:
     assert parent.run_code("print(process.poll(), threading.active_count() > 1)").stdout == "None True"
 
 
+@pytest.mark.both_engines
 def test_random_numbers_differ_unless_asked(parent: Sandbox) -> None:
     """With reseed each branch draws numbers of its own, without it all draw the same."""
     parent.run_code("import random; random.seed(7)")
@@ -90,6 +92,7 @@ def test_random_numbers_differ_unless_asked(parent: Sandbox) -> None:
     assert (len(drawn(True)), len(drawn(False))) == (3, 1)
 
 
+@pytest.mark.both_engines
 def test_merge_takes_the_winners_state(parent: Sandbox) -> None:
     """The parent's id goes on with the winner's memory and files; the winner is gone, its sibling is not."""
     winner, sibling = parent.fork(2)
@@ -107,6 +110,7 @@ def test_merge_takes_the_winners_state(parent: Sandbox) -> None:
         assert parent.run_code("print(x)").stdout == "[1, 'won']"
 
 
+@pytest.mark.both_engines
 def test_a_dead_id_cannot_win(parent: Sandbox, sdk_daemon: ServedDaemon) -> None:
     """Merging a sandbox that is closed or never was is an error that changes nothing."""
     closed = parent.fork()[0]
@@ -269,6 +273,7 @@ async def test_explore_async_and_its_cancellation(sdk_daemon: ServedDaemon) -> N
         await a.close()
 
 
+@pytest.mark.both_engines
 def test_diff_tells_variables(parent: Sandbox) -> None:
     """With variables=True the answer tells those that a branch added, removed and changed, and files as ever."""
     parent.run_code("rows = [1]; gone = 1; same = {1, 2}")
