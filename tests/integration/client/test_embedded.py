@@ -145,6 +145,17 @@ def test_killed_daemon_is_told_and_replaced() -> None:
 
 
 @pytest.mark.usefixtures("reaped")
+def test_killed_daemon_takes_its_gate_with_it() -> None:
+    """kill -9 of the daemon ends the process that carries its sandboxes' connections, too."""
+    Sandbox(egress=["api.example.com"])
+    daemon = daemon_pid()
+    children = Path(f"/proc/{daemon}/task/{daemon}/children").read_text().split()
+    (gate,) = [pid for pid in children if "egress.gate" in Path(f"/proc/{pid}/cmdline").read_text()]
+    kill_daemon()
+    wait_for(lambda: not Path(f"/proc/{gate}").exists())
+
+
+@pytest.mark.usefixtures("reaped")
 def test_daemon_killed_in_the_middle_of_a_cell() -> None:
     """The running call ends at once with an error that names the daemon's end."""
     with Sandbox() as sandbox:
