@@ -47,11 +47,11 @@ class Outlet:
     """One machine's network.  `run` is its life; `close` may come at any time."""
 
     def __init__(
-        self, around: Surroundings, questions: Questions, contexts: Authority | None, capacity: Capacity
+        self, around: Surroundings, questions: Questions, authority: Authority | None, capacity: Capacity
     ) -> None:
         self._around = around
         self._questions = questions
-        self._authority = contexts
+        self._authority = authority
         self._capacity = capacity
         self._asking = 0
         self._bugs = 0
