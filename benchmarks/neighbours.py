@@ -17,7 +17,7 @@ from podflare import PodflareError, Sandbox
 
 CODE = "print(1 + 1)"
 GOAL = "<= 3x quiet"
-GROW_S = 1.5
+GROW_S = 1.0
 """From the start of the burning to the first measurement."""
 BURNS = {
     "processors": "import os\nfor _ in range(4): os.fork()\nwhile True: pass",
@@ -43,19 +43,36 @@ BURNS = {
 
 
 def measure(full: bool) -> list[Series]:
-    rounds = 300 if full else 100
-    series = []
+    rounds = 10 if full else 4
+    taken: dict[str, list[float]] = {kind: [] for kind in BURNS}
+    quiet: dict[str, list[float]] = {kind: [] for kind in BURNS}
     with Daemon() as daemon, daemon.sandbox() as neighbour:
         for _ in range(20):
             neighbour.run_code(CODE)
-        for kind in BURNS:
-            quiet = percentile((timed_ms(lambda: neighbour.run_code(CODE)) for _ in range(rounds)), 50)
-            with daemon.sandbox() as other, burning(daemon.url, other.id, kind):
-                taken = tuple(timed_ms(lambda: neighbour.run_code(CODE)) / quiet for _ in range(rounds))
-            note = f"quiet: {quiet:.2f} ms"
-            series.append(Series(f"hot cell beside a sandbox that burns {kind}", "x quiet", taken, GOAL, note=note))
-            daemon.settle(1.0)
-    return series
+        for _ in range(rounds):
+            for kind in BURNS:
+                # Before and after: on a shared machine the quiet is not the same from one minute to the next.
+                calm = _cells(neighbour)
+                with daemon.sandbox() as other, burning(daemon.url, other.id, kind):
+                    burnt = _cells(neighbour)
+                daemon.settle(0.5)
+                calm += _cells(neighbour)
+                quiet[kind] += calm
+                taken[kind] += [one / percentile(calm, 50) for one in burnt]
+    return [
+        Series(
+            f"hot cell beside a sandbox that burns {kind}",
+            "x quiet",
+            tuple(taken[kind]),
+            GOAL,
+            note=f"quiet: {percentile(quiet[kind], 50):.2f} ms",
+        )
+        for kind in BURNS
+    ]
+
+
+def _cells(sandbox: Sandbox) -> list[float]:
+    return [timed_ms(lambda: sandbox.run_code(CODE)) for _ in range(25)]
 
 
 @contextmanager
