@@ -11,7 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from anyio.from_thread import BlockingPortal
 
+import vms
+from machines import LIMITS, DrivenMachine
+from podflare.engines.base import EngineOptions, MachineSpec
+from podflare.engines.microvm.engine import MicrovmEngine
 from podflare.engines.microvm.image import recipe
 from podflare.engines.microvm.image.build import build, guest_digest
 from podflare.engines.microvm.image.recipe import Recipe
@@ -55,13 +60,23 @@ def content(image: Image, path: str) -> bytes:
     return subprocess.run(["unsquashfs", "-cat", str(image.rootfs), path], capture_output=True, check=True).stdout
 
 
+def take(source: Path, target: Path) -> None:
+    try:
+        if source.suffix == ".deb":
+            target.hardlink_to(source)
+            return
+    except OSError:
+        pass  # another file system
+    shutil.copyfile(source, target)
+
+
 def store_beside(kept: ImageStore, folder: Path) -> ImageStore:
     """An empty store that need not fetch again what is in the cache of `kept`."""
     store = ImageStore(folder)
     store.prepare()
-    (store.cache / "archives" / "partial").mkdir(parents=True)
-    for archive in (kept.cache / "archives").glob("*.deb"):
-        shutil.copyfile(archive, store.cache / "archives" / archive.name)
+    store.cache.rmdir()
+    # apt replaces archives and does not write to them, but it does to what it knows.
+    shutil.copytree(kept.cache, store.cache, copy_function=lambda source, target: take(Path(source), Path(target)))
     return store
 
 
@@ -73,7 +88,9 @@ def test_two_builds_from_the_same_packages_are_the_same(image_store, image, tmp_
         store = store_beside(image_store, tmp_path / str(number))
         if number == 1:
             victim = next((store.cache / "archives").glob("base-files_*.deb"))
-            victim.write_bytes(bytes(victim.stat().st_size))
+            damaged = bytes(victim.stat().st_size)
+            victim.unlink()
+            victim.write_bytes(damaged)
         built = build(SMALL, store, again=False, tell=lambda step, done, told=told: told.append(done))
         assert told == sorted(told) and told[0] == 0 and 0.9 < told[-1] <= 1
         assert not built.cached
@@ -103,8 +120,8 @@ def test_what_is_in_the_default_image(image):
     assert image.manifest.guest == guest_digest()
 
 
-def test_a_template_brings_packages_files_and_settings(image_store, image, tmp_path):
-    """A template's image has its wheels with commands for the image's Python, its files, and links to programs."""
+def test_a_template_brings_packages_files_and_settings(image_store, image, tmp_path, portal, data_dir):
+    """A template's image has its wheels, files and links to programs, and its machines its variables and imports."""
     greeting = {
         "greeting.py": "word = 'hello'\n",
         "greeting-1.0.dist-info/entry_points.txt": "[console_scripts]\ngreet=greeting:word.upper\n",
@@ -135,8 +152,31 @@ def test_a_template_brings_packages_files_and_settings(image_store, image, tmp_p
         assert built.image.manifest.wheels == (("greeting", "1.0"),)
         assert b'"MODE": "fast"' in built.image.initrd.read_bytes()
         assert built.image.rootfs.stat().st_ino != image.rootfs.stat().st_ino
+        said = in_a_machine(portal, data_dir, image_store, CELL)
+        assert said == "True hello fast /opt/template/packages/greeting.py\n"
     finally:
         image_store.remove("tried")
+
+
+CELL = """
+import os, sys
+print('greeting' in sys.modules, end=' ')
+import greeting
+print(greeting.word, os.environ['MODE'], greeting.__file__)
+"""
+
+
+def in_a_machine(portal: BlockingPortal, folder: Path, store: ImageStore, code: str) -> str:
+    """Standard output of a cell in a virtual machine of the template `tried`."""
+    vms.skip_without(*vms.PROGRAMS)
+    options = EngineOptions(data_dir=str(folder), instance=folder.name, image_dir=str(store.root))
+    engine = portal.call(MicrovmEngine, options)
+    try:
+        portal.call(engine.start)
+        machine = portal.call(lambda: engine.create(MachineSpec("tried", LIMITS), timeout_s=200))
+        return DrivenMachine(portal, machine).run(code).stdout
+    finally:
+        portal.call(engine.aclose)
 
 
 def test_a_template_for_another_python_is_refused(image_store, image):
