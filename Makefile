@@ -48,9 +48,10 @@ format: setup ## let ruff format and fix the code
 	$(PY) -m ruff format src tests scripts benchmarks
 	$(PY) -m ruff check --fix src tests scripts benchmarks
 
-docs: setup ## write the generated pages anew (docs/cli.md, docs/syscalls.md)
+docs: setup ## write the generated pages anew (docs/cli.md, syscalls.md, engines.md)
 	$(PY) scripts/cli_reference.py
 	$(PY) scripts/syscalls_reference.py
+	$(PY) scripts/engines_reference.py
 
 bench: setup ## the numbers of SPEC.md: table and JSON (ARGS=--full for the long ones)
 	$(PY) -m benchmarks.run $(ARGS)

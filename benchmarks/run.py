@@ -24,7 +24,19 @@ from benchmarks.series import Series, ratios
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-NAMES = ("create", "embedded", "hot_cell", "memory", "churn", "files", "fork", "loop", "gateway", "neighbours")
+NAMES = (
+    "create",
+    "embedded",
+    "hot_cell",
+    "memory",
+    "churn",
+    "files",
+    "fork",
+    "loop",
+    "gateway",
+    "neighbours",
+    "microvm",
+)
 MARKS = ("<!-- figures: written by python -m benchmarks.run --spec -->", "<!-- end of figures -->")
 
 

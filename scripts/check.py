@@ -24,6 +24,7 @@ CHECKS: list[tuple[str, list[str]]] = [
     ("generated client", [PYTHON, "scripts/unasync.py", "--check"]),
     ("file sizes", [PYTHON, "scripts/file_sizes.py"]),
     ("syscalls page", [PYTHON, "scripts/syscalls_reference.py", "--check"]),
+    ("engines page", [PYTHON, "scripts/engines_reference.py", "--check"]),
     ("links", [PYTHON, "scripts/doc_links.py"]),
     ("shell", ["bash", "-n", ".ci/run", "scripts/setup.sh", "scripts/lock.sh"]),
 ]

@@ -11,7 +11,7 @@ import pytest
 
 from machines import LIMITS
 from podflare.engines.base import Death, MachineSpec, Usage, Wall
-from podflare.errors import DeadlineExceeded, MachineFailed, PodflareError, UnknownTemplate
+from podflare.errors import DeadlineExceeded, MachineFailed, NotBuilt, PodflareError, UnknownTemplate
 from podflare.wire import frames
 from podflare.wire.frames import Decoder
 from podflare.wire.messages import Ready, from_guest
@@ -193,6 +193,34 @@ def test_limits_and_usage(engine, portal):
             assert isinstance(await machine.usage(detail=detail), Usage)
         with pytest.raises(MachineFailed):
             await machine.set_limits(LIMITS)
+
+    portal.call(check)
+
+
+def test_what_an_engine_does_not_claim_it_refuses(engine, portal):
+    """An operation that is no capability of the engine is answered NotBuilt, and one that is does something else."""
+
+    async def check():
+        machine = await engine.create(SPEC, timeout_s=30)
+        operations = {
+            "fork": lambda: machine.fork(1, reseed=True, timeout_s=30),
+            "diff": lambda: machine.diff(machine, ("/root",), detail=False, timeout_s=30),
+            "snapshot": lambda: machine.snapshot("not/a/name", timeout_s=30),
+        }
+        try:
+            for capability, operation in operations.items():
+                try:
+                    made = await operation()
+                except NotBuilt:
+                    assert capability not in engine.capabilities
+                except PodflareError:
+                    assert capability in engine.capabilities
+                else:
+                    assert capability in engine.capabilities
+                    for child in made if capability == "fork" else ():
+                        await child.aclose()
+        finally:
+            await machine.aclose()
 
     portal.call(check)
 

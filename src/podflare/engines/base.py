@@ -40,6 +40,9 @@ Wall = Literal[
 BYTES_PER_FILE = 16 * 1024
 """As in a new ext4: a file system that is shared in proportion of its bytes is shared so in its inodes, too."""
 
+Capability = Literal["fork", "processes cross", "generations", "diff", "merge", "snapshot", "network", "templates"]
+"""What engines can do differently.  docs/engines.md is made of what each says of itself (Engine.capabilities)."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -272,6 +275,8 @@ class Engine(Protocol):
     """Makes machines of one kind.  One per daemon."""
 
     name: str
+    capabilities: Mapping[Capability, str]
+    """What it can, in words for users; what is missing here is refused with NotBuilt (or EgressUnavailable)."""
 
     @property
     def templates(self) -> tuple[str, ...]:

@@ -12,13 +12,25 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import anyio
 import anyio.abc
 
-from podflare.engines.base import Death, EngineReport, FileMerge, Limits, Machine, MachineSpec, UplinkEnds, Usage, Wall
+from podflare.engines.base import (
+    Capability,
+    Death,
+    EngineReport,
+    FileMerge,
+    Limits,
+    Machine,
+    MachineSpec,
+    UplinkEnds,
+    Usage,
+    Wall,
+)
 from podflare.engines.bundle import build_bundle
 from podflare.errors import DeadlineExceeded, EgressUnavailable, MachineFailed, NotBuilt, UnknownTemplate
 from podflare.wire.api import Diff, TemplateInfo
@@ -95,6 +107,7 @@ class FakeEngine:
     """Makes FakeMachines."""
 
     name = "fake"
+    capabilities: Mapping[Capability, str] = {}
     templates: tuple[str, ...] = ("default",)
 
     def __init__(self, python: str = sys.executable) -> None:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from podflare.engines.base import EngineOptions, EngineReport, Limits, MachineSpec
+from podflare.engines.base import Capability, EngineOptions, EngineReport, Limits, MachineSpec
 from podflare.engines.linux import cgroups
 from podflare.engines.linux.ending import remove_tree
 from podflare.engines.linux.waiting import make_owned
@@ -65,6 +65,14 @@ class MicrovmEngine:
     """Makes machines of templates that images were built of.  `start` before `create`."""
 
     name = "microvm"
+    capabilities: Mapping[Capability, str] = {
+        "fork": "the whole machine, its memory shared until written to, and its disk",
+        "processes cross": "threads, processes, sockets, terminals, timers",
+        "generations": "without end",
+        "diff": "all files below the paths are listed inside; those of the image are not read",
+        "snapshot": "kept on disk, restored any number of times, by later daemons too",
+        "templates": "images built from the distribution's packages and wheels",
+    }
 
     def __init__(self, options: EngineOptions) -> None:
         self._options = options

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 
-from podflare.engines.base import EngineOptions, EngineReport, MachineSpec
+from podflare.engines.base import Capability, EngineOptions, EngineReport, MachineSpec
 from podflare.engines.linux import cgroups, seccomp
 from podflare.engines.linux.ending import remove_tree
 from podflare.engines.linux.waiting import make_owned, run_to_end, wait_readable
@@ -52,6 +53,14 @@ class ProcessEngine:
     """Makes machines of the embedded `default` template and of those that were built.  `start` before `create`."""
 
     name = "process"
+    capabilities: Mapping[Capability, str] = {
+        "fork": "the memory of the Python process, copied on write, and all files",
+        "generations": "without end; every 24th copies memory",
+        "diff": "by layers: what nobody touched is not looked at",
+        "merge": "three-way: files, lines of texts, variables",
+        "network": "egress with rules, secrets and a log",
+        "templates": "built on this computer from wheels",
+    }
 
     def __init__(self, options: EngineOptions) -> None:
         self._options = options

@@ -12,7 +12,7 @@ from podflare.engines.process.facts import NO_TUNNELS, read_facts
 from podflare.errors import PodflareError
 
 _TIMEOUT_S = 10.0
-_FOREIGN: tuple[Wall, ...] = ("hypervisor",)
+FOREIGN: tuple[Wall, ...] = ("hypervisor",)
 """Walls of other engines."""
 
 _KERNEL_SWITCHES = (
@@ -50,7 +50,7 @@ def _statuses(walls: tuple[Wall, ...]) -> tuple[WallStatus, ...]:
     groups = cgroups.detect()
     rows = []
     for wall in get_args(Wall):
-        if wall not in _FOREIGN:
+        if wall not in FOREIGN:
             rows.append(WallStatus(wall, wall in walls, _detail(wall, wall in walls, groups)))
     return tuple(rows)
 
