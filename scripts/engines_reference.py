@@ -52,7 +52,7 @@ def page() -> str:
     ]
     walls = [(f"`{wall}`", "no" if wall in FOREIGN else "yes", _of_microvm(wall)) for wall in get_args(Wall)]
     medians = _medians()
-    speed = [(name, medians.get(one, ""), medians.get(other, "")) for name, one, other in FIGURES]
+    speed = [(name, medians.get(one, "-"), medians.get(other, "pending")) for name, one, other in FIGURES]
     return "\n".join(
         (
             HEAD,
