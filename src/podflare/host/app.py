@@ -211,6 +211,7 @@ class App:
             sandbox = await self._daemon.create(request, scope["owner"], key)
         else:
             sandbox = await while_connected(receive, self._daemon.create(request, scope["owner"]))
+        await self._daemon.registry.recorded()  # before anybody is told of it
         await http.send_json(send, 200, self._describe(sandbox))
 
     def _describe(self, sandbox: Sandbox, usage: SandboxUsage | None = None) -> dict[str, Any]:
@@ -253,6 +254,7 @@ class App:
         request = ForkRequest.from_json(await self._object(scope, receive, "fork request"))
         forking = self._daemon.branches.fork(scope["path_params"]["id"], scope["owner"], request)
         children = await while_connected(receive, forking)
+        await self._daemon.registry.recorded()
         await http.send_json(send, 200, {"children": [child.id for child in children]})
 
     async def _merge(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -38,6 +38,10 @@ class Registry:
         self._hang(sandbox)
         self._store.issued(sandbox.id, sandbox.owner)
 
+    async def recorded(self) -> None:
+        """Wait until the ids issued so far are known to the next daemon, too, however this one ends."""
+        await self._store.recorded()
+
     def ended(self, sandbox: Sandbox, cause: str) -> None:
         """From now on the sandbox is one that was."""
         self._live.pop(sandbox.id, None)

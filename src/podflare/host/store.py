@@ -6,6 +6,7 @@ Neither knows anything of live sandboxes.
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import threading
 import time
@@ -27,6 +28,7 @@ MEMORY_ROWS = 20_000
 SQLITE_ROWS = 1_000_000
 """Oldest ids are forgotten beyond this; about 200 MB."""
 PRUNE_EVERY = 10_000
+RECORD_WAIT_S = 1.0
 RESTARTED = "the daemon that ran it has ended"
 
 
@@ -48,6 +50,9 @@ class Store(Protocol):
 
     def ended(self, sandbox_id: str, cause: str) -> None:
         """Its sandbox ended."""
+
+    async def recorded(self) -> None:
+        """Wait until what was written so far outlives this process, but not for a disk that hangs."""
 
     async def find(self, sandbox_id: str) -> Issued | None:
         """What is known of an id; None if it was never issued (or so long ago that it is forgotten)."""
@@ -72,6 +77,9 @@ class MemoryStore:
         row = self._rows.get(sandbox_id)
         if row is not None:
             self._rows[sandbox_id] = Issued(row.id, row.owner, cause)
+
+    async def recorded(self) -> None:
+        return None
 
     async def find(self, sandbox_id: str) -> Issued | None:
         return self._rows.get(sandbox_id)
@@ -138,6 +146,13 @@ class SqliteStore:
 
     def ended(self, sandbox_id: str, cause: str) -> None:
         self._later("UPDATE sandboxes SET cause = ?, ended_at = ? WHERE id = ?", (cause, time.time(), sandbox_id))
+
+    async def recorded(self) -> None:
+        answer: Future[object] = Future()
+        self._work.put((lambda: None, answer))
+        with anyio.move_on_after(RECORD_WAIT_S):
+            # Shielded: the thread could not answer a cancelled future.
+            await asyncio.shield(asyncio.wrap_future(answer))
 
     async def find(self, sandbox_id: str) -> Issued | None:
         def read() -> sqlite3.Row | None:
