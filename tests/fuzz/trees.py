@@ -103,7 +103,10 @@ def read(folder: str) -> Layer:
     found: Layer = {}
     for name in os.listdir(folder):
         path = os.path.join(folder, name)
-        status = os.lstat(path)
+        try:
+            status = os.lstat(path)
+        except FileNotFoundError:
+            continue  # an overlay lists the whiteouts of a directory that one layer alone has
         mode = stat.S_IMODE(status.st_mode)
         if stat.S_ISDIR(status.st_mode):
             found[name] = Folder(read(path), mode, OPAQUE in os.listxattr(path))

@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from podflare.errors import NotBuilt
-from podflare.wire.api import CreateRequest, Diff, ExecRequest, ForkRequest, LifetimesRequest, SandboxInfo, TemplateInfo
+from podflare.wire.api import (
+    MAX_FORKS,
+    MAX_LIFETIME_S,
+    CreateRequest,
+    Diff,
+    ExecRequest,
+    ForkRequest,
+    LifetimesRequest,
+    SandboxInfo,
+    TemplateInfo,
+)
 from podflare.wire.egress import EgressLog
 from podflare.wire.merges import ON_CONFLICT, ConflictInfo, NotTransferable, Resolution
 
@@ -58,6 +68,14 @@ _TOOL_ANSWER = {
         "result": {"description": "any JSON"},
         "error": {"type": "object", "properties": {"type": {"type": "string"}, "message": {"type": "string"}}},
     },
+}
+_BOUNDS = {
+    "timeout_seconds": (1, MAX_LIFETIME_S),
+    "idle_timeout_seconds": (1, MAX_LIFETIME_S),
+    "tool_timeout_seconds": (1, MAX_LIFETIME_S),
+    "ram_mib": (64, 1024 * 1024),
+    "rootfs_gb": (1, 4096),
+    "n": (1, MAX_FORKS),
 }
 _EVENT: dict[str, Any] = {
     "type": "object",
@@ -133,6 +151,8 @@ def document() -> dict[str, Any]:
     schemas["ExecRequest"]["properties"]["tools"] = {
         "anyOf": [_NAMES, {"type": "object", "additionalProperties": _NAMES}]
     }
+    for name in ("CreateRequest", "ForkRequest", "LifetimesRequest", "ExecRequest"):
+        _bound(schemas[name])
     schemas["ToolAnswer"] = _TOOL_ANSWER
     schemas["Error"] = _object(error="string", code="string")
     schemas["Sandboxes"] = _list_of("sandboxes", "SandboxInfo")
@@ -154,6 +174,15 @@ def document() -> dict[str, Any]:
     )
     converted: dict[str, Any] = _in_3_0(body)
     return converted
+
+
+def _bound(schema: dict[str, Any]) -> None:
+    """Add what a dataclass does not say: the bounds of numbers, as wire.api has them."""
+    for name, (low, high) in _BOUNDS.items():
+        shape = schema["properties"].get(name, {})
+        for choice in shape.get("anyOf", [shape]):
+            if choice.get("type") in ("integer", "number"):
+                choice.update(minimum=low if choice["type"] == "integer" else 0.001, maximum=high)
 
 
 def _in_3_0(node: Any) -> Any:
