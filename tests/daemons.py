@@ -36,14 +36,14 @@ def served(
     gate: bool = False,
     enter: Sequence[str] = (),
 ) -> Iterator[ServedDaemon]:
-    """Serve on a free port of loopback, with what it keeps under `folder`; `words` are further options.
+    """Serve on a free port of loopback, or where `words`, further options, say; what it keeps is under `folder`.
 
     Args:
         gate: start the process for egress, too, which then lives as long as the daemon.
         enter: words before the command that lead into another network: then it serves on a Unix socket.
     Without a pool: what is refilled after a test would look like a leak of that test.
     """
-    where = ["--uds", f"{folder}/s"] if enter else ["--host", "127.0.0.1", "--port", "0"]
+    where = ["--uds", f"{folder}/s"] if enter else [] if "--uds" in words else ["--host", "127.0.0.1", "--port", "0"]
     command = [*enter, sys.executable, "-m", "podflare", "serve", *where, "--announce"]
     command += ["--data-dir", f"{folder}/d", "--pool-size", "0", *words]
     descriptor, name = tempfile.mkstemp(prefix="log", dir=folder)

@@ -113,6 +113,8 @@ class Inherited:
         if not _is_file(file):
             return _stand_in(file)
         path = file.path
+        if file.flags & os.O_PATH:
+            return os.open(file.target if path is None else path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         if path is None:
             if file.inode not in self._copies:
                 self._copies[file.inode] = _copy(file)
@@ -206,7 +208,8 @@ def _look(fd: int) -> Optional[OpenFile]:
     # Namespaces, too, are regular files to fstat(2), but without a position.
     position, path = 0, None
     if stat.S_ISREG(status.st_mode) and target.startswith("/"):
-        position = os.lseek(fd, 0, os.SEEK_CUR)
+        if not flags & os.O_PATH:
+            position = os.lseek(fd, 0, os.SEEK_CUR)
         path = _name_of(target, status)
     inode = (status.st_dev, status.st_ino)
     return OpenFile(fd, target, inode, status.st_nlink, status.st_mode, flags, position, path, close_on_exec)
@@ -250,6 +253,8 @@ def _stand_in(file: OpenFile) -> Optional[int]:
     """What takes the place of a descriptor that is no file; None to leave it."""
     if stat.S_ISDIR(file.mode):
         return os.open(file.target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    if stat.S_ISLNK(file.mode):
+        return os.open(file.target, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     if stat.S_ISSOCK(file.mode):
         return _dead_socket()
     if stat.S_ISFIFO(file.mode):

@@ -7,6 +7,7 @@ Neither knows anything of live sandboxes.
 from __future__ import annotations
 
 import asyncio
+import os
 import queue
 import threading
 import time
@@ -116,6 +117,9 @@ class SqliteStore:
         self._instance = instance
         self._work: queue.SimpleQueue[tuple[Callable[[], object], Future[object] | None] | None] = queue.SimpleQueue()
         self._since_prune = 0
+        # Nobody else's business; SQLite gives the files beside it the same mode.
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        Path(path).chmod(0o600)
         # autocommit with a write-ahead log: a write costs no disk flush, and a killed daemon loses none of them.
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
         try:

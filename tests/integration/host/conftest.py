@@ -10,12 +10,12 @@ from typing import Any
 
 import anyio
 import pytest
-from hosting import Host, running
-from scripted_guest import Script, ScriptedEngine
 
+from hosting import Host, running
 from podflare.engines.base import EngineOptions
 from podflare.engines.fake import FakeEngine
 from podflare.engines.process.engine import ProcessEngine
+from scripted_guest import Script, ScriptedEngine
 
 HostFactory = Callable[..., AbstractAsyncContextManager[Host]]
 

@@ -7,8 +7,8 @@ import os
 
 import anyio
 import pytest
-from hosting import Host, text, wait_until
 
+from hosting import Host, text, wait_until
 from podflare.host.auth import digest
 
 pytestmark = pytest.mark.anyio

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import anyio
 import pytest
-from hosting import STEP_S, events, peak_kib, text, wait_until
-from scripted_guest import ScriptedGuest
 
+from hosting import STEP_S, events, peak_kib, text, wait_until
 from podflare.engines.base import Usage
 from podflare.wire import frames
 from podflare.wire.messages import DIED, Exit, Interrupt, Kill, Result
+from scripted_guest import ScriptedGuest
 
 pytestmark = pytest.mark.anyio
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import anyio
 import pytest
-from hosting import text, wait_until
-from scripted_guest import ScriptedGuest
 
+from hosting import text, wait_until
 from podflare.errors import IsolationIncomplete, NoCapacity
 from podflare.host.auth import digest
 from podflare.wire.messages import Exit
+from scripted_guest import ScriptedGuest
 
 pytestmark = pytest.mark.anyio
 

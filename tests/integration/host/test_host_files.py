@@ -6,10 +6,10 @@ import hashlib
 
 import anyio
 import pytest
-from hosting import peak_kib, text, wait_until
-from scripted_guest import ScriptedGuest
 
+from hosting import peak_kib, text, wait_until
 from podflare.wire.messages import Ack, Cancel, Exit, FileDone, FileFailed, FileWrite
+from scripted_guest import ScriptedGuest
 
 pytestmark = pytest.mark.anyio
 

@@ -6,12 +6,12 @@ import struct
 
 import anyio
 import pytest
-from hosting import text
-from scripted_guest import ScriptedGuest
 
+from hosting import text
 from podflare.wire import frames
 from podflare.wire.messages import Ack, DataEnd, Error, Exit, FileDone, FileOpened, Ready, to_payload
 from podflare.wire.version import PROTOCOL
+from scripted_guest import ScriptedGuest
 
 pytestmark = pytest.mark.anyio
 

@@ -7,12 +7,12 @@ import time
 import anyio
 import httpx
 import pytest
-from hosting import Host, events, text, wait_until
-from scripted_guest import ScriptedGuest
 
+from hosting import Host, events, text, wait_until
 from podflare.host.auth import digest, owner_of
 from podflare.host.tiers import PUBLISHED, Tier
 from podflare.wire.messages import Exit
+from scripted_guest import ScriptedGuest
 
 pytestmark = pytest.mark.anyio
 

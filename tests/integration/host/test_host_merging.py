@@ -7,6 +7,7 @@ from typing import Any
 import anyio
 import httpx
 import pytest
+
 from hosting import Host, text
 
 pytestmark = pytest.mark.anyio

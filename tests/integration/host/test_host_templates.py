@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import anyio
 import pytest
-from hosting import Host
 from test_host_daemon import echo
 
+from hosting import Host
 from podflare.wire.api import TemplateInfo
 
 pytestmark = pytest.mark.anyio

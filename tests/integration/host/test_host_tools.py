@@ -10,12 +10,12 @@ from typing import Any
 import anyio
 import httpx
 import pytest
-from hosting import STEP_S, Host, text, wait_until
-from scripted_guest import ScriptedGuest
 
+from hosting import STEP_S, Host, text, wait_until
 from podflare.wire import frames
 from podflare.wire.messages import Exit, Interrupt, ToolCall, ToolCancel, ToolResult
 from podflare.wire.tools import MAX_DEPTH, MAX_INPUT_BYTES, MAX_PENDING_CALLS, MAX_RESULT_BYTES
+from scripted_guest import ScriptedGuest
 
 pytestmark = pytest.mark.anyio
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import anyio
 import pytest
-from hosting import Host, events, text, wait_until
-from scripted_guest import ScriptedGuest
 
+from hosting import Host, events, text, wait_until
 from podflare.errors import Conflict, MachineFailed
 from podflare.host import branches
 from podflare.wire.messages import Exit
+from scripted_guest import ScriptedGuest
 
 pytestmark = pytest.mark.anyio
 

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import anyio
 import pytest
-from hosting import Host, text
-from scripted_guest import ScriptedGuest
 
+from hosting import Host, text
 from machines import LIMITS
 from podflare.engines.base import EngineOptions, Machine, MachineSpec
 from podflare.engines.process.engine import ProcessEngine
@@ -23,6 +22,7 @@ from podflare.host.verdicts import Pair, Verdict, compare, settle
 from podflare.wire import frames
 from podflare.wire.messages import ENDED, Exec, Exit, Interrupt, Kill, from_guest
 from podflare.wire.variables import Variable, VariablesSurvey, VariablesTable
+from scripted_guest import ScriptedGuest
 
 pytestmark = pytest.mark.anyio
 

@@ -6,10 +6,10 @@ import json
 
 import anyio
 import pytest
-from hosting import events, text
-from scripted_guest import ScriptedGuest
 
+from hosting import events, text
 from podflare.wire.messages import Exit
+from scripted_guest import ScriptedGuest
 
 pytestmark = pytest.mark.anyio
 

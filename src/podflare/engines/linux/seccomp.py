@@ -30,9 +30,9 @@ ALLOWED_FOR = {
     """,
     "descriptors: reading, writing, waiting": """
         close close_range copy_file_range dup dup2 dup3 epoll_create epoll_create1 epoll_ctl epoll_ctl_old
-        epoll_pwait epoll_pwait2 epoll_wait epoll_wait_old eventfd eventfd2 fcntl io_cancel io_destroy
-        io_getevents io_pgetevents io_setup io_submit ioctl pipe pipe2 poll ppoll pread64 preadv preadv2
-        pselect6 pwrite64 pwritev pwritev2 read readv select sendfile splice tee vmsplice write writev
+        epoll_pwait epoll_pwait2 epoll_wait epoll_wait_old eventfd eventfd2 fcntl ioctl pipe pipe2 poll ppoll
+        pread64 preadv preadv2 pselect6 pwrite64 pwritev pwritev2 read readv select sendfile splice tee vmsplice
+        write writev
     """,
     "its own memory": """
         brk get_mempolicy madvise membarrier memfd_create mincore mlock mlock2 mlockall mmap mprotect mremap
@@ -108,8 +108,14 @@ REFUSED = frozenset(" ".join(REFUSED_FOR.values()).split())
 PERSONALITIES = (0x0, 0x8, 0x20000, 0x20008, 0xFFFFFFFF)
 """Arguments of personality(2) that turn off no protection: Linux, its 32-bit word, UNAME26, asking."""
 
-UNSUPPORTED = frozenset("clone3 io_uring_enter io_uring_register io_uring_setup memfd_secret".split())
-"""Answer ENOSYS, so that libraries take the older call (clone3 keeps its flags in memory, out of a filter's sight)."""
+UNSUPPORTED = frozenset(
+    """
+        clone3 io_uring_enter io_uring_register io_uring_setup memfd_secret
+        io_cancel io_destroy io_getevents io_pgetevents io_setup io_submit
+    """.split()
+)
+"""Answer ENOSYS, so that libraries take the older call (clone3 keeps its flags in memory, out of a filter's sight;
+what io_setup takes comes out of one number for the whole machine, fs.aio-max-nr)."""
 
 NAMESPACE_FLAGS = 0x7E020000
 """CLONE_NEWNS|NEWCGROUP|NEWUTS|NEWIPC|NEWUSER|NEWPID|NEWNET."""
@@ -121,6 +127,9 @@ _OWNER_REQUESTS = (0x8901, 0x8902)  # FIOSETOWN, SIOCSPGRP: F_SETOWN by other na
 
 _SOCKET_FAMILIES = (1, 2, 10)  # AF_UNIX, AF_INET, AF_INET6
 _TERMINAL_INJECTION = (0x5412, 0x541C)  # TIOCSTI, TIOCLINUX
+_NAMESPACE_REQUESTS = (0xB7, *range(0xFF01, 0xFF0B))
+"""What leads from a descriptor to namespaces: all of ioctl_nsfs(2), by their type alone (from Linux 6.12 on one of
+them hands out every mount namespace that the caller's capabilities reach, its family's too), and those of a pidfd."""
 _U32 = 0xFFFFFFFF
 
 
@@ -166,6 +175,11 @@ def _arguments(seccomp: object) -> bytes:
     # The kernel looks at the low 32 bits of these arguments only, so the masks must, too.
     for request in _TERMINAL_INJECTION:
         rules.add_rule(refuse, "ioctl", arg(1, masked, _U32, request))
+    for request in _NAMESPACE_REQUESTS:
+        kind, value = (0xFF00, request << 8) if request < 0x100 else (0xFFFF, request)
+        rules.add_rule(refuse, "ioctl", arg(1, masked, kind, value))
+    # Of others only: the agent has the same user, and RLIMIT_CPU ends even it.
+    rules.add_rule(refuse, "prlimit64", arg(0, s.NE, 0))  # type: ignore[attr-defined]
     no_family = s.ERRNO(errno.EAFNOSUPPORT)  # type: ignore[attr-defined]
     for call in ("socket", "socketpair"):
         for family in range(max(_SOCKET_FAMILIES) + 1):

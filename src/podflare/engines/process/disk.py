@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
 from podflare.engines.base import Death, Limits, MachineSpec
+from podflare.engines.process.nameless import nameless_bytes
 from podflare.engines.process.written import MAX_DEPTH, TooDeep, measure
 
 INTERVAL_S = 1.0
@@ -29,20 +31,26 @@ class Watched(Protocol):
     @property
     def directory(self) -> Path: ...
 
+    def processes(self) -> Iterable[int]: ...
+
     def declare_dead(self, death: Death) -> None: ...
 
     async def aclose(self) -> None: ...
 
 
-def excess(directory: Path, limits: Limits) -> str:
-    """What of a machine's files is above its limits, for its user; empty if all is well."""
+def excess(directory: Path, limits: Limits, processes: Callable[[], Iterable[int]] = tuple) -> str:
+    """What of a machine's files is above its limits, for its user; empty if all is well.
+
+    Args: processes: the machine's, which may have files open that have no name any more.
+    """
     try:
         found = measure(directory, max_files=limits.max_files)
     except TooDeep:
         return f"disk full: directories in this sandbox are nested deeper than {MAX_DEPTH} levels"
+    size = found.size + nameless_bytes(processes())
     allowed = f"{limits.disk_bytes / 2**30:g} GiB (rootfs_gb)"
-    if found.size > limits.disk_bytes:
-        return f"disk full: this sandbox may write {allowed} and wrote {found.size / 2**30:.1f}"
+    if size > limits.disk_bytes:
+        return f"disk full: this sandbox may write {allowed} and wrote {size / 2**30:.1f}"
     if found.files > limits.max_files:
         return f"disk full: this sandbox may have {limits.max_files:,} files within {allowed} and made more"
     return ""
@@ -82,7 +90,9 @@ class DiskWatch:
     async def _look(self) -> None:
         loop = asyncio.get_running_loop()
         for machine in tuple(self._machines):
-            problem = await loop.run_in_executor(None, excess, machine.directory, machine.spec.limits)
+            problem = await loop.run_in_executor(
+                None, excess, machine.directory, machine.spec.limits, machine.processes
+            )
             if problem:
                 machine.declare_dead(Death(problem, out_of_disk=True))
                 await machine.aclose()

@@ -36,6 +36,8 @@ from podflare.errors import MachineFailed
 HANDED_FDS = 10
 """Six namespaces, control, stdout, stderr, fork line (guest/branch.ChildFds)."""
 MAX_REPORT_NAMES = 64
+MAX_PAST_PACKETS = 4096
+"""More than a socket holds at a time: who has more to say goes on saying it."""
 REPL_FORK_TIMEOUT_S = 10.0
 """At most, for the fork itself in the REPL; hooks of user code run in it."""
 
@@ -142,12 +144,14 @@ async def receive_forked(line: socket.socket, order: int) -> None:
 def forget_past(line: socket.socket) -> None:
     """Drop what a REPL said before this fork: answers to others, that it was started."""
     try:
-        while line.recv(1):
-            pass
+        for _ in range(MAX_PAST_PACKETS):
+            if not line.recv(1):
+                return
     except BlockingIOError:
         return
     except OSError as exc:
         raise MachineFailed(f"the sandbox's Python process cannot be reached: {exc}") from exc
+    raise MachineFailed("the sandbox's Python process floods the line for fork orders")
 
 
 async def _receive_handed(child: ProcessMachine) -> list[int]:

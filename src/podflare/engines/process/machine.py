@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -139,12 +139,16 @@ class ProcessMachine:
         return await asyncio.get_running_loop().run_in_executor(None, self._look_closely, coarse)
 
     def _look_closely(self, coarse: Usage) -> Usage:
+        return add_detail(coarse, self.processes(), self.directory)
+
+    def processes(self) -> Iterable[int]:
+        """Pids of what runs in it now."""
         if self.parts.cgroup is not None:
-            return add_detail(coarse, self.parts.cgroup.pids(), self.directory)
+            return self.parts.cgroup.pids()
         eldest = self  # a forked REPL is below the agent of the machine that it was forked in
         while eldest.parent is not None:
             eldest = eldest.parent
-        return add_detail(coarse, processes_below(eldest.agent_pid, self.parts.namespaces["pid"]), self.directory)
+        return processes_below(eldest.agent_pid, self.parts.namespaces["pid"])
 
     async def fork(self, count: int, *, reseed: bool, timeout_s: float) -> tuple[Machine, ...]:
         if self.on_fork is None or self._death.done():

@@ -19,12 +19,13 @@ MAX_OPEN_FILES = 4096
 through sockets for all processes of a user id together, against the limit of who sends one (unix(7), ETOOMANYREFS)."""
 MAX_QUEUED_SIGNALS = 2048
 MAX_MESSAGE_QUEUE_BYTES = 200 * 1024
+MAX_LOCKED_BYTES = 1024 * 1024
 """Of a sandbox and its forks.  The kernel also counts these for the daemon's user, for all sandboxes together."""
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 
 # resource.RLIMIT_* of Linux, which are the same on all its architectures that we run on; a test compares them.
 RLIMIT_FSIZE, RLIMIT_DATA, RLIMIT_CORE, RLIMIT_NPROC, RLIMIT_NOFILE = 1, 2, 4, 6, 7
-RLIMIT_SIGPENDING, RLIMIT_MSGQUEUE = 11, 12
+RLIMIT_MEMLOCK, RLIMIT_SIGPENDING, RLIMIT_MSGQUEUE = 8, 11, 12
 
 _DIRECTORIES: tuple[tuple[str, int], ...] = (
     ("/etc", 0o755),
@@ -148,6 +149,7 @@ def plan_machine(
         (RLIMIT_CORE, 0),
         (RLIMIT_NOFILE, AGENT_OPEN_FILES),
         (RLIMIT_FSIZE, limits.disk_bytes),
+        (RLIMIT_MEMLOCK, MAX_LOCKED_BYTES),
         (RLIMIT_SIGPENDING, MAX_QUEUED_SIGNALS),
         (RLIMIT_MSGQUEUE, MAX_MESSAGE_QUEUE_BYTES),
     ]
