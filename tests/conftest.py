@@ -82,6 +82,7 @@ def engine_name(request: pytest.FixtureRequest) -> str:
     name = str(request.param)
     if name == "microvm":
         vms.skip_without(*vms.PROGRAMS)
+        vms.skip_where_they_would_boot_anew()
     return name
 
 

@@ -37,6 +37,12 @@ def skip_without(*programs: str) -> None:
         pytest.skip(f"virtual machines need {', '.join(lost)}: scripts/setup.sh --microvm installs them (as root)")
 
 
+def skip_where_they_would_boot_anew() -> None:
+    """Skip the test for a visitor of somebody else's checkout: no boot could be kept from one fixture to the next."""
+    if not os.access(KEPT.parent.parent, os.W_OK):
+        pytest.skip("virtual machines are tested by the owner of the checkout")
+
+
 def shared_store() -> ImageStore:
     """The store in the checkout; in a checkout of somebody else, one of this test process."""
     for folder in (KEPT, Path(tempfile.gettempdir(), "cache", "images")):

@@ -54,6 +54,7 @@ def open_engines(
     images = None
     if request.param == "microvm":
         vms.skip_without(*vms.PROGRAMS)
+        vms.skip_where_they_would_boot_anew()
         images = request.getfixturevalue("image_store")
 
     @contextmanager

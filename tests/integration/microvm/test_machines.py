@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import anyio
 import pytest
 from anyio.from_thread import BlockingPortal
 
@@ -106,6 +107,22 @@ def test_a_transfer_under_way_is_the_parents(machine: DrivenMachine, fork: Calla
     machine._channel = child._channel = 60
     look = "import os; print([name for name in os.listdir() if os.path.getsize(name) or name.startswith('.p')])"
     assert (machine.run(look).stdout, child.run(look).stdout) == ("['whole']\n", "[]\n")
+
+
+def test_a_fork_that_is_given_up(machine: DrivenMachine) -> None:
+    """A fork that is cancelled at any moment leaves no child, and a parent that goes on."""
+    for after_s in (0.0, 0.02, 0.1, 0.4):
+
+        async def give_up(after_s: float = after_s) -> None:
+            with anyio.move_on_after(after_s):
+                for child in await machine.machine.fork(2, reseed=True, timeout_s=60):
+                    with anyio.CancelScope(shield=True):
+                        await child.aclose()
+
+        machine.call(give_up)
+        assert machine.run(f"print({after_s})").stdout == f"{after_s}\n"
+    folder = machine.machine.directory.parent  # type: ignore[attr-defined]  # of this engine
+    assert [path.name for path in folder.iterdir()] == [machine.machine.id]
 
 
 def test_limits_hold_inside(new_machine: Callable[..., DrivenMachine]) -> None:

@@ -84,3 +84,22 @@ async def make_owned(
                 await discard(task.result())
         raise
     return task.result()
+
+
+async def to_the_end(work: Coroutine[Any, Any, Made]) -> Made:
+    """Run `work` to its end and return its result.
+
+    If cancelled: once it has ended, whose result or failure nobody hears of then.
+    """
+    task = asyncio.get_running_loop().create_task(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            try:
+                await asyncio.wait([task])
+            except asyncio.CancelledError:
+                continue  # anyio says it again and again
+        if not task.cancelled():
+            task.exception()
+        raise

@@ -23,7 +23,7 @@ import anyio
 from qemu.qmp import QMPClient, QMPError
 
 from podflare.engines.linux.ending import END_TIMEOUT_S
-from podflare.engines.linux.waiting import resolve
+from podflare.engines.linux.waiting import resolve, to_the_end
 from podflare.engines.microvm import memory
 from podflare.engines.microvm.confinement import Confinement
 from podflare.engines.microvm.console import Console
@@ -195,26 +195,30 @@ class QemuVm:
         await self._order("cont")
 
     async def capture(self, to: SavedVm, *, while_paused: Callable[[], Awaitable[None]]) -> float:
+        # A caller that gives up must leave neither a VM that stands still nor a thread with a closed descriptor.
+        return await to_the_end(self._capture(to, while_paused))
+
+    async def _capture(self, to: SavedVm, while_paused: Callable[[], Awaitable[None]]) -> float:
         loop = asyncio.get_running_loop()
-        target = os.open(to.memory, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            # Before the pause: the file below never changes.
-            await loop.run_in_executor(None, memory.copy_sparse, self._base, target)
-            start_s = time.monotonic()
-            await self._order("stop")
+            target = os.open(to.memory, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
-                await while_paused()
-                await self._order("xen-save-devices-state", filename=_DEVICES, live=False)
-                await loop.run_in_executor(None, memory.write_changes, self.pid, self._base, target)
-            finally:
-                with anyio.CancelScope(shield=True):
+                # Before the pause: the file below never changes.
+                await loop.run_in_executor(None, memory.copy_sparse, self._base, target)
+                start_s = time.monotonic()
+                try:
+                    await self._order("stop")
+                    await while_paused()
+                    await self._order("xen-save-devices-state", filename=_DEVICES, live=False)
+                    await loop.run_in_executor(None, memory.write_changes, self.pid, self._base, target)
+                finally:
                     await self._order("cont")
-            pause_s = time.monotonic() - start_s
+                pause_s = time.monotonic() - start_s
+            finally:
+                os.close(target)
             await loop.run_in_executor(None, shutil.move, self._directory / _DEVICES, to.devices)
         except OSError as exc:
             raise MachineFailed(f"a virtual machine could not be saved: {exc}") from exc
-        finally:
-            os.close(target)
         return pause_s
 
     async def wait_dead(self) -> str:

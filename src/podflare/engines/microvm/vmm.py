@@ -93,6 +93,7 @@ class Vm(Protocol):
         Returns: for how many seconds it stood still.
         Raises: MachineFailed if the VMM could not save it, or is gone; the files are then the caller's to remove.
             The VM goes on in any case, as long as its VMM lives.
+        If cancelled: once it is saved and goes on.
         """
 
     async def resume(self) -> None:
