@@ -19,7 +19,7 @@ from podflare.errors import ProtocolError
 from podflare.wire import frames, messages
 from podflare.wire.events import LineSplitter
 
-LIGHT = tries(120)
+LIGHT = tries(80)
 
 good_frame = st.builds(
     frames.encode,

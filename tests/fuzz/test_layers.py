@@ -224,7 +224,7 @@ import trees; print(repr(trees.read(sys.argv[2])))
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="only root mounts here")
-@tries(5)
+@tries(3)
 @given(st.lists(trees.layers(), min_size=2, max_size=3))
 def test_a_stack_is_what_the_kernel_shows(stack: list[Layer]) -> None:
     """What compare.resolve finds of layers, and what the model here says, is what an overlay mount of them shows."""

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from podflare.host.output import CappedStream, EventFeed, ReplayBuffer
 
-LIGHT = tries(80)
+LIGHT = tries(60)
 output = st.one_of(
     st.binary(max_size=40), st.text(max_size=20).map(lambda text: text.encode("utf-8", "replace")),
     st.sampled_from([b"\n", b"\r\n", b"\n\n\n", "\u2028\u0085".encode(), b"\xff\xfe", b"x" * 40_000, b"y\n" * 9_000]),
