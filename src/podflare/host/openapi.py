@@ -151,8 +151,7 @@ def document() -> dict[str, Any]:
     schemas["ExecRequest"]["properties"]["tools"] = {
         "anyOf": [_NAMES, {"type": "object", "additionalProperties": _NAMES}]
     }
-    for name in ("CreateRequest", "ForkRequest", "LifetimesRequest", "ExecRequest"):
-        _bound(schemas[name])
+    _bound(schemas)
     schemas["ToolAnswer"] = _TOOL_ANSWER
     schemas["Error"] = _object(error="string", code="string")
     schemas["Sandboxes"] = _list_of("sandboxes", "SandboxInfo")
@@ -176,13 +175,14 @@ def document() -> dict[str, Any]:
     return converted
 
 
-def _bound(schema: dict[str, Any]) -> None:
-    """Add what a dataclass does not say: the bounds of numbers, as wire.api has them."""
-    for name, (low, high) in _BOUNDS.items():
-        shape = schema["properties"].get(name, {})
-        for choice in shape.get("anyOf", [shape]):
-            if choice.get("type") in ("integer", "number"):
-                choice.update(minimum=low if choice["type"] == "integer" else 0.001, maximum=high)
+def _bound(schemas: dict[str, Any]) -> None:
+    """Add what a dataclass does not say: the bounds of numbers in requests, as wire.api has them."""
+    for request in (CreateRequest, ExecRequest, ForkRequest, LifetimesRequest):
+        for name, (low, high) in _BOUNDS.items():
+            shape = schemas[request.__name__]["properties"].get(name, {})
+            for choice in shape.get("anyOf", [shape]):
+                if choice.get("type") in ("integer", "number"):
+                    choice.update(minimum=low if choice["type"] == "integer" else 0.001, maximum=high)
 
 
 def _in_3_0(node: Any) -> Any:
