@@ -156,7 +156,8 @@ def merged(name: str) -> str:
 
 
 def _is_documentation(name: str) -> bool:
-    return name.startswith("usr/share/doc/") and name.count("/") > 3 and not name.endswith("/copyright")
+    # A directory within would be made by whoever builds, if only a file in it were kept.
+    return name.startswith("usr/share/doc/") and name.count("/") > 3 and name.split("/", 4)[4] != "copyright"
 
 
 def write(target: Path, fill: Callable[[Writer], None]) -> None:
@@ -166,8 +167,8 @@ def write(target: Path, fill: Callable[[Writer], None]) -> None:
     Raises: TemplateFailed; OSError.
     """
     command = ["sqfstar", *COMPRESSION, "-no-progress", "-quiet", "-reproducible", "-no-xattrs"]
-    command += ["-root-mode", "755", "-root-uid", "0", "-root-gid", "0", str(target)]
-    # All times become this one; that of the root directory can be set by no other means.
+    # Owner and time of the root directory can be set by no other means than everybody's.
+    command += ["-root-mode", "755", "-all-root", str(target)]
     environment = {**os.environ, "SOURCE_DATE_EPOCH": str(MADE_AT)}
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
