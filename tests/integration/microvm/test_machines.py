@@ -131,7 +131,9 @@ def test_limits_hold_inside(new_machine: Callable[..., DrivenMachine]) -> None:
     cell = machine.run("block = bytearray(400 << 20)")
     assert cell.exit.restarted
     assert machine.call(machine.machine.usage).oom_kills >= 1
-    cell = machine.run("import os\nfd = os.open('big', os.O_CREAT | os.O_WRONLY)\nos.posix_fallocate(fd, 0, 2 << 30)")
+    cell = machine.run(
+        f"import os\nfd = os.open('big', os.O_CREAT | os.O_WRONLY)\nos.posix_fallocate(fd, 0, {LIMITS.disk_bytes})"
+    )
     assert "No space left" in cell.stderr
     cell = machine.run("import subprocess\nall = [subprocess.Popen(['sleep', '100']) for _ in range(60)]")
     assert cell.error is not None and cell.error.name == "BlockingIOError"
