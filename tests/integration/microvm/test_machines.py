@@ -111,7 +111,7 @@ def test_a_transfer_under_way_is_the_parents(machine: DrivenMachine, fork: Calla
 
 def test_a_fork_that_is_given_up(machine: DrivenMachine) -> None:
     """A fork that is cancelled at any moment leaves no child, and a parent that goes on."""
-    for after_s in (0.0, 0.02, 0.1, 0.4):
+    for after_s in (0.0, 0.02, 0.1, 0.2, 0.3, 0.35, 0.4, 0.45):
 
         async def give_up(after_s: float = after_s) -> None:
             with anyio.move_on_after(after_s):

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from podflare.engines.linux.waiting import to_the_end
 from podflare.engines.microvm import control
 from podflare.engines.microvm.console import KEPT_BYTES, Console
 from podflare.engines.microvm.control import Control
@@ -142,3 +143,16 @@ def test_names_of_snapshots(tmp_path: Path) -> None:
     with pytest.raises(BadRequest, match="none"):
         saved.get("kept")
     assert list((tmp_path / "kept").iterdir()) == []
+
+
+async def test_what_runs_to_the_end_is_waited_for() -> None:
+    """Work that runs to its end is over when its cancelled caller goes on."""
+    ended = []
+
+    async def work() -> None:
+        await anyio.sleep(0.05)
+        ended.append(True)
+
+    with anyio.move_on_after(0.01) as scope:
+        await to_the_end(work())
+    assert scope.cancelled_caught and ended == [True]

@@ -7,15 +7,13 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-import anyio
-
 from podflare.engines.base import EngineOptions, MachineSpec, Wall
 from podflare.engines.linux.cgroups import Cgroup, Cgroups
-from podflare.engines.linux.ending import END_TIMEOUT_S, remove_tree
+from podflare.engines.linux.waiting import to_the_end
 from podflare.engines.microvm.confinement import Confinement
 from podflare.engines.microvm.control import renew
 from podflare.engines.microvm.disks import copy_disk
-from podflare.engines.microvm.machine import MicrovmMachine, vmm_limits
+from podflare.engines.microvm.machine import MicrovmMachine, end, vmm_limits
 from podflare.engines.microvm.origins import Origin
 from podflare.engines.microvm.vmm import Drives, Vm, Vmm
 from podflare.errors import IsolationIncomplete, MachineFailed
@@ -64,11 +62,10 @@ async def bear(
         return machine
     except MachineFailed as exc:
         last = vm.console.last_line if vm is not None else ""
-        await end(vm, group, directory)
+        await to_the_end(end(vm, group, directory))
         raise MachineFailed(f"{exc}; the last line of its console: {last!r}") from exc
     except BaseException:
-        with anyio.CancelScope(shield=True):
-            await end(vm, group, directory)
+        await to_the_end(end(vm, group, directory))
         raise
 
 
@@ -80,13 +77,3 @@ def walls_of(nursery: Nursery, vm: Vm) -> tuple[Wall, ...]:
     if missing:
         raise IsolationIncomplete(f"required walls are missing on this machine: {', '.join(missing)}")
     return tuple(sorted(walls))
-
-
-async def end(vm: Vm | None, group: Cgroup | None, directory: Path) -> None:
-    """Take a machine away, however far it has come.  Never raises for what is already gone."""
-    loop = asyncio.get_running_loop()
-    if vm is not None:
-        await vm.aclose()
-    if group is not None:
-        await loop.run_in_executor(None, lambda: group.remove(timeout_s=END_TIMEOUT_S))
-    await loop.run_in_executor(None, remove_tree, directory)

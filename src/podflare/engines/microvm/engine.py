@@ -16,7 +16,7 @@ from podflare.engines.linux import cgroups
 from podflare.engines.linux.ending import remove_tree
 from podflare.engines.linux.waiting import make_owned
 from podflare.engines.microvm import probe
-from podflare.engines.microvm.birth import Nursery, bear, end
+from podflare.engines.microvm.birth import Nursery, bear
 from podflare.engines.microvm.diff import compare_machines
 from podflare.engines.microvm.fork import fork_machine, save
 from podflare.engines.microvm.images import Images
@@ -170,7 +170,7 @@ class MicrovmEngine:
 
     def _take_in(self, machine: MicrovmMachine) -> MicrovmMachine:
         self._machines.add(machine)
-        machine.on_close = self._remove
+        machine.on_close = self._machines.discard
         machine.on_fork = self._fork
         machine.on_snapshot = self._snapshot
         machine.on_diff = compare_machines
@@ -195,10 +195,6 @@ class MicrovmEngine:
             return ()
 
         await self._make(keep(), timeout_s, f"snapshot {name!r}")
-
-    async def _remove(self, machine: MicrovmMachine) -> None:
-        await end(machine.vm, machine.cgroup, machine.directory)
-        self._machines.discard(machine)
 
     async def aclose(self) -> None:
         for task in list(self._booting):

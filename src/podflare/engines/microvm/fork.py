@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Sequence
+from pathlib import Path
 
 import anyio
 
 from podflare.engines.base import MachineSpec
 from podflare.engines.linux.ending import remove_tree
+from podflare.engines.linux.waiting import to_the_end
 from podflare.engines.microvm.birth import Nursery, bear
 from podflare.engines.microvm.disks import copy_disk
 from podflare.engines.microvm.machine import MicrovmMachine
@@ -48,23 +51,30 @@ async def fork_machine(
             scope.cancel()
 
     try:
-        folder.mkdir(mode=0o700)
-        await save(parent, origin)
-        async with anyio.create_task_group() as tasks:
-            for _ in range(count):
-                tasks.start_soon(bear_one, tasks.cancel_scope)
-        if failures:
-            raise failures[0]
-    except BaseException:
-        with anyio.CancelScope(shield=True):
-            for child in children:
-                await child.aclose()
-        raise
-    finally:
-        with anyio.CancelScope(shield=True):
+        try:
+            folder.mkdir(mode=0o700)
+            await save(parent, origin)
+            async with anyio.create_task_group() as tasks:
+                for _ in range(count):
+                    tasks.start_soon(bear_one, tasks.cancel_scope)
+            if failures:
+                raise failures[0]
+        finally:
             # Those that go on from it hold what they need of it.
-            await asyncio.get_running_loop().run_in_executor(None, remove_tree, folder)
+            await to_the_end(_remove(folder))
+    except BaseException:  # also a cancellation that came in the clean-up, when the children were complete
+        await to_the_end(_close(children))
+        raise
     return tuple(children)
+
+
+async def _remove(folder: Path) -> None:
+    await asyncio.get_running_loop().run_in_executor(None, remove_tree, folder)
+
+
+async def _close(machines: Sequence[MicrovmMachine]) -> None:
+    for machine in machines:
+        await machine.aclose()
 
 
 async def save(machine: MicrovmMachine, origin: Origin) -> None:

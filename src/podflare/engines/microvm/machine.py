@@ -11,6 +11,7 @@ from typing import Any
 
 from podflare.engines.base import Death, FileMerge, Limits, Machine, MachineSpec, UplinkEnds, Usage, Wall
 from podflare.engines.linux.cgroups import Cgroup
+from podflare.engines.linux.ending import END_TIMEOUT_S, remove_tree
 from podflare.engines.microvm.control import Control
 from podflare.engines.microvm.origins import Origin
 from podflare.engines.microvm.vmm import Shape, Vm
@@ -48,7 +49,7 @@ class MicrovmMachine:
         self.cgroup = cgroup
         self.pause_s = 0.0
         """How long it stood still when it was last forked or saved."""
-        self.on_close: Callable[[MicrovmMachine], Any] | None = None
+        self.on_close: Callable[[MicrovmMachine], None] | None = None
         self.on_fork: Callable[[MicrovmMachine, int, bool, float], Any] | None = None
         self.on_snapshot: Callable[[MicrovmMachine, str, float], Any] | None = None
         self.on_diff: Callable[..., Any] | None = None
@@ -179,8 +180,19 @@ class MicrovmMachine:
         self._declare_dead(Death("the machine was closed"))
         if self._watching is not None:
             self._watching.cancel()
+        await end(self.vm, self.cgroup, self.directory)
         if self.on_close is not None:
-            await self.on_close(self)
+            self.on_close(self)
+
+
+async def end(vm: Vm | None, group: Cgroup | None, directory: Path) -> None:
+    """Take a machine away, however far it has come.  Never raises for what is already gone."""
+    loop = asyncio.get_running_loop()
+    if vm is not None:
+        await vm.aclose()
+    if group is not None:
+        await loop.run_in_executor(None, lambda: group.remove(timeout_s=END_TIMEOUT_S))
+    await loop.run_in_executor(None, remove_tree, directory)
 
 
 def vmm_limits(limits: Limits, shape: Shape) -> Limits:

@@ -18,10 +18,8 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import anyio
-
 from podflare.engines.linux.ending import remove_tree
-from podflare.engines.linux.waiting import wait_readable
+from podflare.engines.linux.waiting import to_the_end, wait_readable
 from podflare.engines.microvm.disks import copy_disk, make_disk
 from podflare.engines.microvm.image.store import Image
 from podflare.engines.microvm.vmm import BootSource, Drives, SavedVm, Shape, Vm, Vmm
@@ -119,8 +117,7 @@ class Origins:
 
                     await vm.capture(half.saved, while_paused=copy)
                 finally:
-                    with anyio.CancelScope(shield=True):
-                        await vm.aclose()
+                    await to_the_end(vm.aclose())
                 folder.rename(final)
             except OSError as exc:
                 raise TemplateFailed(f"template {image.name!r}: its virtual machine could not be saved: {exc}") from exc

@@ -122,8 +122,7 @@ class Qemu:
         try:
             await vm.connect(monitor)
         except BaseException:
-            with anyio.CancelScope(shield=True):
-                await vm.aclose()
+            await to_the_end(vm.aclose())
             raise
         return vm
 
