@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,14 @@ from podflare.wire.uplink import Uplink
 
 LEAK_GRACE_S = 8.0
 """How long processes, groups and files may take to go after a test, on a busy machine."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def foreground() -> None:
+    """Signals work as on a terminal, also where a script runs the tests in the background, which ignores them."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -113,9 +113,17 @@ def _complain(text: str) -> None:
         pass
 
 
+_PYTHONS_OWN = {signal.SIGPIPE, signal.SIGXFSZ}
+"""Which every Python ignores, and gives back to the programs that it starts."""
+
+
 def _quiet_signals() -> int:
     """Be deaf to what user code may send; wake up, by the returned pipe, when a child ends."""
     wake_r, wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    # A daemon that a script starts in the background ignores SIGINT, SIGQUIT, perhaps SIGHUP: user code must not.
+    for one in signal.valid_signals() - _PYTHONS_OWN:
+        if signal.getsignal(one) is signal.SIG_IGN:
+            signal.signal(one, signal.SIG_DFL)
     # INTERRUPT_SIGNAL for the moment between the fork of a REPL and its own handler.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, INTERRUPT_SIGNAL):
         signal.signal(number, signal.SIG_IGN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 
 import pytest
 from guest_driver import is_alive, resident_kib, wait_until
@@ -183,8 +184,17 @@ def test_agent_ignores_signals_of_user_code(guest):
     assert guest.run("print('alive')").out == "alive\n"
 
 
-def test_signals_are_default_for_user_processes(guest):
-    """What the agent ignores is not ignored by what user code starts."""
+@pytest.fixture
+def started_in_background() -> Iterator[None]:
+    """This process ignores what one ignores that a script starts with `nohup ... &`."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (1, 2, 3)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_signals_are_default_for_user_processes(started_in_background, guest):
+    """What the agent, or whoever started it, ignores is not ignored by what user code starts."""
     check = "grep SigIgn /proc/self/status"
     # 32 and 33 belong to libc, which lets nobody change them: whoever starts a program by posix_spawn (make does)
     # leaves them ignored.
