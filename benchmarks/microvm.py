@@ -72,7 +72,7 @@ def _boot(bench: _Bench, folder: Path) -> list[Series]:
     shape = shape_of(SPEC.limits, cpus=1)
     taken, origin = bench.timed(lambda: origins.get(image, shape, SPEC.limits.disk_bytes))
     remove_tree(origin.disk.parent)
-    return [Series("microvm: boot and save a template", "ms", (taken,), note=found.status.detail)]
+    return [Series("microvm: boot and save a template", "ms", (taken,), note=found.detail)]
 
 
 class _Bench:

@@ -25,7 +25,7 @@ import anyio
 from podflare.engines.base import Engine, EngineOptions, EngineReport, Limits, MachineSpec
 from podflare.errors import BadRequest
 from podflare.host import telemetry
-from podflare.host.config import Config, check_start, default_image_dir
+from podflare.host.config import Config, check_start, default_image_dir, vmm_of
 from podflare.host.recover import Instance, open_instance
 from podflare.host.store import MemoryStore, SqliteStore, Store
 from podflare.wire.api import DEFAULT_TEMPLATE
@@ -74,6 +74,8 @@ def serve(config: Config, engine: Callable[[EngineOptions], Engine] | None = Non
                 template_dir="" if config.template_dir is None else str(config.template_dir.absolute()),
                 image_dir="" if config.image_dir is None else str(config.image_dir.absolute()),
                 snapshot_dir="" if config.embedded else str(config.data_dir.absolute() / "snapshots"),
+                vmm=config.vmm,
+                firecracker="" if config.firecracker is None else str(config.firecracker.absolute()),
             )
             anyio.run(
                 functools.partial(_run, config, (engine or make)(options), instance, sock),
@@ -97,7 +99,15 @@ def _allow_open_files() -> None:
 
 def probe_engines() -> list[EngineReport]:
     """What this computer offers to each engine, with the images of this user.  Starts nothing lasting."""
-    return anyio.run(_probe, EngineOptions("/nonexistent", "probe", image_dir=str(default_image_dir(os.environ))))
+    vmm, firecracker = vmm_of(os.environ)
+    options = EngineOptions(
+        "/nonexistent",
+        "probe",
+        image_dir=str(default_image_dir(os.environ)),
+        vmm=vmm,
+        firecracker="" if firecracker is None else str(firecracker.absolute()),
+    )
+    return anyio.run(_probe, options)
 
 
 async def _probe(options: EngineOptions) -> list[EngineReport]:
@@ -283,7 +293,8 @@ async def serve_until(
                 if config.announce:
                     _announce(config, engine, sock)
                 address = _address(config, sock)
-                telemetry.event("daemon ready", address=address, engine=engine.name, instance=instance.name)
+                told = {"how": engine.how} if engine.how else {}
+                telemetry.event("daemon ready", address=address, engine=engine.name, instance=instance.name, **told)
                 await stop.wait()
             finally:
                 # Before the server: streams of cells end with their cause instead of breaking off.

@@ -60,6 +60,8 @@ def show(reports: Sequence[EngineReport]) -> None:
         out.print(Text.assemble("engine ", (report.engine, "bold"), ": ", _verdict(report)))
         if report.problem:
             out.print(f"  {one_line(report.problem)}")
+        for note in report.notes:
+            out.print(f"  {one_line(note)}")
         _show_walls(out, report)
     if not any(report.usable for report in reports):
         out.print("\nNo engine can make a sandbox here.")

@@ -40,6 +40,12 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--image-dir", type=Path, metavar="DIR", help="where images of virtual machines are (PODFLARE_IMAGE_DIR)"
     )
+    what.add_argument(
+        "--vmm",
+        choices=("auto", "qemu", "firecracker"),
+        help="virtual machine monitor of the engine microvm (auto: Firecracker where it can work, else QEMU)",
+    )
+    what.add_argument("--firecracker", type=Path, metavar="PATH", help="the Firecracker to take (that on the PATH)")
     what.add_argument("--pool-size", type=_count, metavar="N", help="warm sandboxes kept ready (4)")
     # For the SDK, which starts a private daemon with them.
     options.add_argument("--embedded", action="store_const", const=True, help=argparse.SUPPRESS)

@@ -93,6 +93,8 @@ class EngineReport:
     """With usable False: what is missing and what to do, one line."""
     no_uplink: str = ""
     """Why machines can have no way out, and what to do, one line; empty if they can."""
+    notes: tuple[str, ...] = ()
+    """What else to know of how it will work here, one line each: which means were found, which is taken, and why."""
 
 
 @dataclass(frozen=True)
@@ -275,6 +277,8 @@ class Engine(Protocol):
     """Makes machines of one kind.  One per daemon."""
 
     name: str
+    how: str
+    """By which of several means it makes machines, one line for the log; empty before `start`, and if there is one."""
     capabilities: Mapping[Capability, str]
     """What it can, in words for users; what is missing here is refused with NotBuilt (or EgressUnavailable)."""
 
@@ -340,3 +344,7 @@ class EngineOptions:
     """The same for images of virtual machines (engines/microvm/image/store.py)."""
     snapshot_dir: str = ""
     """Where snapshots are kept, for later daemons, too; empty: none can be."""
+    vmm: str = "auto"
+    """Which virtual machine monitor the microvm engine takes: auto, qemu or firecracker."""
+    firecracker: str = ""
+    """Path of the Firecracker to take; empty: the one on the PATH."""

@@ -107,6 +107,7 @@ class FakeEngine:
     """Makes FakeMachines."""
 
     name = "fake"
+    how = ""
     capabilities: Mapping[Capability, str] = {}
     templates: tuple[str, ...] = ("default",)
 

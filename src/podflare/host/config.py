@@ -22,6 +22,8 @@ from podflare.host.tiers import DEFAULT, PUBLISHED, Tier, read_keys, read_tiers
 from podflare.wire.egress import Reach
 
 MIB = 1024 * 1024
+VMMS = ("auto", "qemu", "firecracker")
+"""auto: Firecracker where it can work, else QEMU."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,10 @@ class Config:
     """Where `podflare template build` puts templates; None for only the one that needs no building."""
     image_dir: Path | None = None
     """Where `podflare image build` puts what virtual machines boot; None for none."""
+    vmm: str = "auto"
+    """Which virtual machine monitor the microvm engine takes: one of VMMS."""
+    firecracker: Path | None = None
+    """The Firecracker to take; None for the one on the PATH."""
     pool_size: int = 4
     """Warm sandboxes kept ready: a burst of this many creates costs no start-up, for about 15 MB each."""
     pool_templates: tuple[tuple[str, int], ...] = ()
@@ -168,6 +174,7 @@ class Config:
                 found[setting] = _whole(environ, name, 0)
         found.update(_egress(environ))
         found["require"] = _walls(environ.get("PODFLARE_REQUIRE", ""))
+        found["vmm"], found["firecracker"] = vmm_of(environ)
         found.update(given)
         return cls(**found)
 
@@ -211,6 +218,12 @@ def default_template_dir(environ: Mapping[str, str]) -> Path:
 def default_image_dir(environ: Mapping[str, str]) -> Path:
     """The same for images of virtual machines."""
     return _default_store(environ, "PODFLARE_IMAGE_DIR", "images")
+
+
+def vmm_of(environ: Mapping[str, str]) -> tuple[str, Path | None]:
+    """The virtual machine monitor that is wished for, and where Firecracker is.  Raises: BadRequest."""
+    vmm = _one_of(environ, "PODFLARE_VMM", VMMS) if environ.get("PODFLARE_VMM") else VMMS[0]
+    return vmm, Path(environ["PODFLARE_FIRECRACKER"]) if environ.get("PODFLARE_FIRECRACKER") else None
 
 
 def _default_store(environ: Mapping[str, str], variable: str, name: str) -> Path:

@@ -39,12 +39,12 @@ async def folder(private_temp: Path) -> AsyncIterator[Path]:
 
 
 @pytest.fixture
-def vmm(private_temp: Path) -> Firecracker:
+def vmm() -> Firecracker:
     binary = firecrackers.find_or_skip()
     vms.skip_without(*vms.PROGRAMS)
-    problem = accelerator.try_accelerator("qemu-system-x86_64", "kvm", private_temp)
+    problem = accelerator.problem_with_kvm()
     if problem:
-        pytest.skip(f"/dev/kvm does not work here: {problem}")
+        pytest.skip(problem)
     return Firecracker(find(binary), Confinement.detect(kvm=True))
 
 

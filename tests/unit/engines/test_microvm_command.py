@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from podflare.engines.base import Limits
-from podflare.engines.microvm.accelerator import probe_rom
 from podflare.engines.microvm.confinement import VMM_ID, Confinement
 from podflare.engines.microvm.engine import LEAST_BYTES, OWN_BYTES, disk_bytes_of, shape_of
 from podflare.engines.microvm.qemu_command import Descriptors, machine_key, qemu_command
@@ -75,10 +74,3 @@ def test_few_shapes() -> None:
     large = Limits(memory_bytes=5 * GIB, disk_bytes=GIB + 1, cpus=1.5)
     assert shape_of(large, cpus=3) == Shape(8 * GIB + OWN_BYTES, 2)
     assert (disk_bytes_of(limits), disk_bytes_of(large)) == (GIB, 2 * GIB)
-
-
-def test_the_probes_firmware_starts_where_the_processor_does() -> None:
-    """At the reset vector lies a far jump to the first byte of the 64 KiB."""
-    rom = probe_rom()
-    assert len(rom) == 64 * 1024
-    assert rom[0xFFF0:0xFFF5] == b"\xea\x00\x00\x00\xf0"

@@ -1,74 +1,58 @@
-"""Whether QEMU can let guest instructions run on the processor itself (KVM) here: tried, with a time limit.
+"""Whether a virtual machine's instructions can run on the processor itself (KVM) here: tried, with a time limit.
 
-/dev/kvm alone says little: it may be closed to this user, or be emulated by a hypervisor below and hang.
+/dev/kvm alone says little: it may be closed to this user, or be imitated by a hypervisor below, so slowly that no guest
+boots.  What is tried is a small VM made without any VMM (kvm_probe.py), in a process that can be ended.
 """
 
 from __future__ import annotations
 
 import os
-import struct
+import platform
 import subprocess
+import sys
 from pathlib import Path
 
-from podflare.engines.microvm.vmm import Accelerator
+from podflare.engines.microvm import kvm_probe
 
 PROBE_TIMEOUT_S = 3.0
-_LOOPS = 20_000_000
-"""Some milliseconds of a processor, far more where it is imitated."""
-_EXIT_WORD = 0x10
-_DONE = _EXIT_WORD << 1 | 1
-"""Exit status that QEMU's isa-debug-exit device makes of what is written to its port."""
-_PORT = 0xF4
-_ROM_BYTES = 64 * 1024
-_RESET_OFFSET = 0xFFF0
+LOOPS, TRIES = 200_000, 3
+"""Two instructions each: less than a millisecond of a processor."""
+SLOWEST_S = 0.05
+"""Eight million instructions a second: no processor is that slow, and whatever imitates one is."""
+DEVICE = Path("/dev/kvm")
 
 
-def probe_rom() -> bytes:
-    """A firmware that counts down, writes one byte to a port, and halts: real-mode x86 instructions."""
-    counts = b"\x66\xb9" + struct.pack("<I", _LOOPS)  # mov ecx, _LOOPS
-    counts += b"\x66\x49\x75\xfc"  # dec ecx; jnz to the dec
-    leaves = b"\xb0" + bytes([_EXIT_WORD]) + b"\xe6" + bytes([_PORT]) + b"\xf4"  # mov al; out; hlt
-    rom = bytearray(_ROM_BYTES)
-    rom[: len(counts + leaves)] = counts + leaves
-    rom[_RESET_OFFSET : _RESET_OFFSET + 5] = b"\xea\x00\x00\x00\xf0"  # where the processor starts: jmp f000:0000
-    return bytes(rom)
+def problem_with_kvm(*, loops: int = LOOPS, timeout_s: float = PROBE_TIMEOUT_S) -> str:
+    """Why KVM cannot be used, with what to do where something can be done; empty if it works.
 
-
-_SLOW = "instructions are translated (TCG), computing is slow"
-
-
-def choose(qemu: str, folder: Path) -> tuple[Accelerator, str]:
-    """The best accelerator that works here, and why it is that one.  Blocks for at most PROBE_TIMEOUT_S.
-
-    Args: folder: exists; for a file of the probe's.
+    Blocks for some tens of milliseconds, or for timeout_s where it hangs.
     """
-    device = Path("/dev/kvm")
-    if not device.exists():
-        return "tcg", f"there is no /dev/kvm: {_SLOW}"
-    if not os.access(device, os.R_OK | os.W_OK):
-        return "tcg", f"/dev/kvm is closed to this user (group kvm): {_SLOW}"
-    problem = try_accelerator(qemu, "kvm", folder)
-    return ("tcg", f"/dev/kvm does not work here ({problem}): {_SLOW}") if problem else ("kvm", "KVM")
+    if platform.machine() != "x86_64":
+        return f"images are for x86_64, this computer is {platform.machine()}"
+    if not DEVICE.exists():
+        return "there is no /dev/kvm (modprobe kvm_intel or kvm_amd; in a virtual machine: allow nested ones below it)"
+    if not os.access(DEVICE, os.R_OK | os.W_OK):
+        return "/dev/kvm is closed to this user (join the group kvm)"
+    told = _tried(loops, timeout_s)
+    return f"/dev/kvm does not work here ({told})" if told else ""
 
 
-def try_accelerator(qemu: str, accelerator: Accelerator, folder: Path) -> str:
-    """Run a small program in a VM; empty if it ended well, else what happened.  Blocks."""
-    rom = folder / f"probe-{accelerator}.rom"
-    rom.write_bytes(probe_rom())
-    command = [qemu, "-M", "pc,usb=off", "-accel", accelerator, "-cpu", "host" if accelerator == "kvm" else "qemu64"]
-    command += ["-m", "16", "-nodefaults", "-no-user-config", "-display", "none", "-bios", str(rom)]
-    command += ["-device", f"isa-debug-exit,iobase={_PORT:#x},iosize=1"]
+def _tried(loops: int, timeout_s: float) -> str:
+    command = [sys.executable, "-I", "-S", kvm_probe.__file__, str(loops), str(TRIES)]
     try:
-        ended = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=PROBE_TIMEOUT_S, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return f"a guest of a few instructions did not end within {PROBE_TIMEOUT_S:g} s"
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     except OSError as exc:
         return str(exc)
-    finally:
-        rom.unlink(missing_ok=True)
-    if ended.returncode == _DONE:
-        return ""
-    said = ended.stderr.decode(errors="replace").strip().splitlines()
-    return said[0][:200] if said else f"QEMU ended with status {ended.returncode}"
+    with process:
+        try:
+            out, err = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return f"a guest of a few instructions did not end within {timeout_s:g} s"
+    if process.returncode != 0:
+        said = err.decode(errors="replace").strip().splitlines()
+        return said[-1][:200] if said else f"a guest of a few instructions ended with status {process.returncode}"
+    took_s = float(out)
+    if took_s > SLOWEST_S:
+        return f"it is imitated: {2 * loops} instructions took {took_s * 1000:.0f} ms"
+    return ""

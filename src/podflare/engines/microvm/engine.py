@@ -6,8 +6,9 @@ A machine is restored from its template's saved VM; a fork is a running VM saved
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +23,7 @@ from podflare.engines.microvm.fork import fork_machine, save
 from podflare.engines.microvm.images import Images
 from podflare.engines.microvm.machine import MicrovmMachine
 from podflare.engines.microvm.origins import Origins
-from podflare.engines.microvm.probe import NO_UPLINK
+from podflare.engines.microvm.probe import NO_UPLINK, Found
 from podflare.engines.microvm.saved import SavedMachines
 from podflare.engines.microvm.vmm import Shape
 from podflare.errors import (
@@ -65,6 +66,7 @@ class MicrovmEngine:
     """Makes machines of templates that images were built of.  `start` before `create`."""
 
     name = "microvm"
+    how = ""
     capabilities: Mapping[Capability, str] = {
         "fork": "the whole machine, its memory shared until written to, and its disk",
         "processes cross": "threads, processes, sockets, terminals, timers",
@@ -74,8 +76,10 @@ class MicrovmEngine:
         "templates": "images built from the distribution's packages and wheels",
     }
 
-    def __init__(self, options: EngineOptions) -> None:
+    def __init__(self, options: EngineOptions, find: Callable[[], Found] | None = None) -> None:
+        """Args: find: takes the place of the look for a VMM as `options` wish for one."""
         self._options = options
+        self._find = find or functools.partial(probe.find, options.vmm, options.firecracker)
         self._data = Path(options.data_dir)
         self._images = Images(options.image_dir)
         self._saved = SavedMachines(options.snapshot_dir)
@@ -98,12 +102,15 @@ class MicrovmEngine:
         return self._images.describe(template)
 
     async def probe(self) -> EngineReport:
-        return await asyncio.get_running_loop().run_in_executor(None, probe.report, self._images)
+        return await asyncio.get_running_loop().run_in_executor(
+            None, probe.report, self._images, self._options.vmm, self._options.firecracker
+        )
 
     async def start(self) -> None:
-        found = await asyncio.get_running_loop().run_in_executor(None, probe.find)
+        found = await asyncio.get_running_loop().run_in_executor(None, self._find)
         if found.vmm is None:
-            raise IsolationIncomplete(f"the microvm engine cannot work here: {found.status.detail}")
+            raise IsolationIncomplete(f"the microvm engine cannot work here: {found.detail}")
+        self.how = found.detail
         machines_dir = self._data / "machines"
         # VMMs enter with their own id; names are random, and what is in them is theirs.
         machines_dir.mkdir(mode=0o711, parents=True, exist_ok=True)

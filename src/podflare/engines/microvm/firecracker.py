@@ -66,7 +66,8 @@ def find(binary: str = BINARY) -> Programs:
     """
     path = shutil.which(binary)
     if path is None:
-        raise MachineFailed(f"{binary} is not on the PATH (github.com/firecracker-microvm/firecracker/releases)")
+        where = "is no program" if os.sep in binary else "is not on the PATH, and --firecracker does not name it"
+        raise MachineFailed(f"{binary} {where} (github.com/firecracker-microvm/firecracker/releases)")
     version = _version_of(path)
     problem = orders.problem_with(version)
     if problem:

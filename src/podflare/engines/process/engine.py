@@ -53,6 +53,7 @@ class ProcessEngine:
     """Makes machines of the embedded `default` template and of those that were built.  `start` before `create`."""
 
     name = "process"
+    how = ""
     capabilities: Mapping[Capability, str] = {
         "fork": "the memory of the Python process, copied on write, and all files",
         "generations": "without end; every 24th copies memory",
