@@ -15,7 +15,7 @@ JOBS ?= 4
 ARGS ?=
 FACTOR ?= 50
 
-.PHONY: help setup demo test test-user test-kvm test-unit check format docs bench soak chaos fuzz lock clean
+.PHONY: help setup demo test test-user test-microvm test-kvm test-unit check format docs bench soak chaos fuzz lock clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,10 @@ test: ## set up and run every test but the soak ones; as root, the user-dependen
 
 test-user: setup ## as root: the tests that differ by user id, as an ordinary user
 	scripts/test_as_user.sh -n $(JOBS) $(USER_TESTS) $(ARGS)
+
+test-microvm: ## every test that any engine has to pass, on virtual machines (make test has a part of them)
+	@scripts/setup.sh --microvm
+	$(PYTEST) -n $(JOBS) --microvm -m "not soak" $(TESTS) $(ARGS)
 
 test-kvm: ## everything about virtual machines, on a computer with KVM; tells what was skipped and why
 	@scripts/setup.sh --microvm

@@ -17,6 +17,7 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 import vms
 from machines import LIMITS, DrivenMachine
 from podflare.engines.base import Engine, EngineOptions, Limits
+from podflare.engines.microvm.engine import MicrovmEngine
 from podflare.engines.microvm.image.store import Image, ImageStore
 from podflare.engines.process.engine import ProcessEngine
 from podflare.wire.uplink import Uplink
@@ -74,15 +75,41 @@ def portal() -> Iterator[BlockingPortal]:
         yield running
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--microvm", action="store_true", help="only what virtual machines run in, and all that could be")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests marked `both_engines` run on each, those marked `microvm` on that, others on the process engine."""
+    """Tests marked `both_engines` run on each, those marked `microvm` on that, others on the process engine.
+
+    With --microvm, all those that are marked for it, or as `any_engine`, run on the microvm engine and no other.
+    """
     if "engine_name" in metafunc.fixturenames:
+        marked = {mark.name for mark in metafunc.definition.iter_markers()}
+        all_on_it = bool(metafunc.config.getoption("--microvm"))
+        microvm = pytest.param("microvm", marks=vms.MARKS)
         names: list[Any] = ["process"]
-        if metafunc.definition.get_closest_marker("microvm"):
-            names = [pytest.param("microvm", marks=vms.MARKS)]
-        elif metafunc.definition.get_closest_marker("both_engines"):
-            names.append(pytest.param("microvm", marks=vms.MARKS))
+        if "microvm" in marked:
+            names = [microvm]
+        elif "process_engine" not in marked:
+            if all_on_it and marked & {"both_engines", "any_engine"}:
+                names = [microvm]
+            elif "both_engines" in marked:
+                names.append(microvm)
         metafunc.parametrize("engine_name", names, indirect=True, scope="session")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Take out what --microvm leaves out, and forks that are carried, which only the process engine has."""
+    out = []
+    for item in items:
+        on_microvm = item.get_closest_marker("microvm") is not None
+        carried = getattr(item, "callspec", None) is not None and item.callspec.params.get("way") == "carried"  # type: ignore[attr-defined]  # of test functions
+        if (config.getoption("--microvm") and not on_microvm) or (on_microvm and carried):
+            out.append(item)
+    if out:
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in set(out)]
 
 
 @pytest.fixture(scope="session")
@@ -116,6 +143,31 @@ def engine(
     yield made
     portal.call(made.aclose)
     shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def make_engine(request: pytest.FixtureRequest, engine_name: str, private_temp: Path) -> Callable[[Path], Engine]:
+    """make_engine(folder): another engine of this kind with its data there, not started."""
+    images = ""
+    if engine_name == "microvm":
+        request.getfixturevalue("engine")  # has booted what others restore
+        images = str(request.getfixturevalue("image_store").root)
+
+    def make(folder: Path) -> Engine:
+        # The name by which other test processes know whose control groups these are.
+        options = EngineOptions(str(folder), folder.relative_to(private_temp).parts[0], image_dir=images)
+        return MicrovmEngine(options) if engine_name == "microvm" else ProcessEngine(options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def serve_words(request: pytest.FixtureRequest, engine_name: str) -> tuple[str, ...]:
+    """Options of `podflare serve` for this engine."""
+    if engine_name == "process":
+        return ()
+    request.getfixturevalue("engine")
+    return ("--engine", engine_name, "--image-dir", str(request.getfixturevalue("image_store").root))
 
 
 @pytest.fixture

@@ -61,6 +61,12 @@ class DrivenMachine:
             one._channel = self._channel  # cells of one memory must not share names
         return driven
 
+    @property
+    def host_pid(self) -> int:
+        """The process of the computer that guards it: its agent, or its hypervisor."""
+        machine: Any = self.machine
+        return int(machine.vm.pid if hasattr(machine, "vm") else machine.agent_pid)
+
     def call(self, function: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> Any:
         """Run a coroutine function of the machine on the engine's loop."""
         return self._portal.call(function, *args)

@@ -125,6 +125,8 @@ class ScriptedEngine:
 
     name = "scripted"
     templates: tuple[str, ...] = ("default",)
+    pool_size = 4
+    rehearsal = ""
 
     def __init__(self, tasks: TaskGroup, script: Script) -> None:
         self.machines: list[ScriptedMachine] = []
@@ -135,6 +137,10 @@ class ScriptedEngine:
         self.asked = 0
         self._tasks = tasks
         self._script = script
+
+    def can_change(self, made: Limits, wanted: Limits) -> bool:
+        """Not to much more memory, as of a virtual machine."""
+        return wanted.memory_bytes <= 2 * made.memory_bytes
 
     def describe(self, template: str) -> TemplateInfo:
         if template not in self.templates:

@@ -21,6 +21,7 @@ def assert_alive(machine: DrivenMachine) -> None:
     assert machine.run("echo shell", "bash").stdout == "shell\n"
 
 
+@pytest.mark.any_engine
 @pytest.mark.parametrize("language", ["python", "bash"])
 def test_fork_bomb_is_bounded_and_ended(new_machine, language):
     """Forking without end stops at the process limit, and one kill ends all of it."""
@@ -40,6 +41,7 @@ def test_fork_bomb_is_bounded_and_ended(new_machine, language):
     assert_alive(machine)
 
 
+@pytest.mark.any_engine
 def test_memory_without_end(new_machine):
     """Allocating without end ends that process or raises MemoryError; the sandbox goes on and its neighbour is untouched."""
     machine, neighbour = new_machine(SMALL), new_machine(SMALL)
@@ -137,6 +139,7 @@ async def _death(machine):
     ("import sys; sys.setrecursionlimit(10**6)\ndef f(): f()\nf()", None),
     ("import gc\nfor o in gc.get_objects():\n    if isinstance(o, dict) and o is not globals():\n        try: o.clear()\n        except Exception: pass", None),
 ])  # fmt: skip
+@pytest.mark.any_engine
 def test_a_cell_that_breaks_its_interpreter(attacker, code, reason):
     """Whatever a cell does to its own interpreter, its call ends and the next cell runs."""
     out = attacker.run(code)
@@ -177,6 +180,7 @@ for fd in range(3, 4096):
     assert_alive(attacker)
 
 
+@pytest.mark.any_engine
 def test_a_flood_of_output_is_taken_in_full_and_in_order(attacker):
     """64 MiB of lines come through the channel complete and in order, and the agent's memory stays as it was."""
     out = attacker.run("import sys\nfor i in range(1 << 16): sys.stdout.write(f'{i:07d} ' + 'x' * 1015 + '\\n')")

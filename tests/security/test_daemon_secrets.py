@@ -15,20 +15,18 @@ import pytest
 
 from daemons import served
 from machines import DrivenMachine
-from podflare.engines.base import EngineOptions
-from podflare.engines.process.engine import ProcessEngine
 
 SECRET = "a-secret-of-the-daemon-4711"
 
 
 @pytest.fixture
-def secretive(monkeypatch, portal, private_temp):
+def secretive(monkeypatch, portal, private_temp, make_engine):
     """A machine whose daemon has a secret in its environment, as API keys are given to it."""
     monkeypatch.setenv("PODFLARE_API_KEYS", SECRET)
     monkeypatch.setenv("ANTHROPIC_API_KEY", SECRET)
     folder = Path(tempfile.mkdtemp(prefix="e", dir=private_temp))
     folder.chmod(0o711)
-    engine = ProcessEngine(EngineOptions(data_dir=str(folder), instance=folder.name))
+    engine = make_engine(folder)
     portal.call(engine.start)
     machine = DrivenMachine.create(portal, engine)
     yield machine
@@ -37,6 +35,7 @@ def secretive(monkeypatch, portal, private_temp):
     shutil.rmtree(folder)
 
 
+@pytest.mark.any_engine
 def test_the_daemons_environment_is_unknown(secretive, record):
     """No variable of the daemon reaches the sandbox, its agent included."""
     known = {
@@ -64,6 +63,7 @@ def test_the_daemons_environment_is_unknown(secretive, record):
     record(found)
 
 
+@pytest.mark.any_engine
 def test_no_memory_holds_the_daemons_secret(secretive):
     """The REPL was forked from processes that the daemon started, and finds nothing of its environment in its own memory."""
     searched = secretive.run("""
@@ -95,6 +95,7 @@ AGENT = {
 }  # fmt: skip
 
 
+@pytest.mark.any_engine
 def test_the_agents_memory_is_closed(attempt):
     """The agent's memory, environment, descriptors and root cannot be opened, though it has the same user id."""
     attempt(AGENT)
@@ -113,6 +114,7 @@ if named: broke(named)""",
 }  # fmt: skip
 
 
+@pytest.mark.any_engine
 def test_the_daemons_sockets_are_out_of_reach(attempt, private_temp):
     """Neither a daemon's Unix socket nor any abstract one of the host can be connected to or seen."""
     path = private_temp / "sock-4711"

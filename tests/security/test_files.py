@@ -20,6 +20,7 @@ HOST_PATHS = """
 """.split()
 
 
+@pytest.mark.any_engine
 def test_nothing_of_the_host_lies_at_its_paths(attempt, engine):
     """Nothing readable lies where a host keeps what is not the sandbox's business, nor where this daemon keeps its data."""
     look = """
@@ -99,6 +100,7 @@ if strange: broke(strange)
 }
 
 
+@pytest.mark.any_engine
 def test_no_door_leads_out(attempt):
     """No link of /proc, descriptor, .., handle or link leads above the sandbox's root directory."""
     attempt(DOORS)
@@ -115,11 +117,13 @@ os.mknod("{folder}/made", stat.S_IF{kind} | 0o666, os.makedev({major}, {minor}))
 }  # fmt: skip
 
 
+@pytest.mark.any_engine
 def test_no_device_can_be_made(attempt):
     """mknod makes no device that opens, in whatever file system of the sandbox."""
     attempt(DEVICES)
 
 
+@pytest.mark.any_engine
 @pytest.mark.control
 def test_dev_has_nothing_but_the_harmless_nodes(attacker):
     """The device directory holds six devices without power, and links."""
@@ -141,6 +145,7 @@ KERNEL_FILES = """
 """.split()
 
 
+@pytest.mark.any_engine
 def test_the_kernels_settings_cannot_be_written(attempt):
     """Nothing in /proc and /sys that acts on the kernel, or on the sandbox's first process, can be opened for writing."""
     write = "def write(path): os.write(os.open(path, os.O_WRONLY), b'1'); broke('wrote')\n"
@@ -163,6 +168,7 @@ for kind in (b"debugfs", b"tracefs", b"bpf", b"binfmt_misc", b"mqueue", b"devpts
 }
 
 
+@pytest.mark.any_engine
 def test_no_file_system_can_be_mounted(attempt):
     """Neither cgroup, sysfs and proc file systems nor binds and remounts can be had from inside."""
     attempt(REMOUNTS)
@@ -181,6 +187,7 @@ def test_a_secret_of_the_host_is_found_nowhere(attacker, private_temp):
     assert out.stdout.strip() == ""
 
 
+@pytest.mark.any_engine
 def test_writes_to_system_directories_stay_private(attacker, new_machine):
     """What one sandbox writes below /usr, /etc or /tmp is seen by neither the host nor another sandbox."""
     folders = ("/usr/bin", "/usr/lib", "/usr", "/etc", "/tmp", "/var/tmp", "/dev/shm", "/")
@@ -236,6 +243,7 @@ def _fingerprint(path: Path) -> tuple[object, ...]:
     )  # fmt: skip
 
 
+@pytest.mark.any_engine
 def test_data_directory_is_closed_to_other_users(engine, attacker):
     """What sandboxes write lies in directories that only the daemon and the sandbox can enter."""
     folders = list(Path(engine._data, "machines").iterdir())

@@ -13,8 +13,6 @@ import anyio
 import pytest
 
 from hosting import Host, events, peak_kib, running, text
-from podflare.engines.base import EngineOptions
-from podflare.engines.process.engine import ProcessEngine
 from podflare.wire import frames
 from podflare.wire.messages import Error, Exit, Ready, Result, to_payload
 from podflare.wire.version import PROTOCOL
@@ -189,11 +187,12 @@ RESULTS = {
 }  # fmt: skip
 
 
-async def test_results_and_tracebacks_are_harmless(data_dir, record):
+@pytest.mark.any_engine
+async def test_results_and_tracebacks_are_harmless(data_dir, make_engine, record):
     """Names, values and tracebacks made by hostile code in a real sandbox arrive bounded, as valid JSON without a control character."""
     folder = data_dir / "engine"
     folder.mkdir(mode=0o711)
-    engine = ProcessEngine(EngineOptions(data_dir=str(folder), instance=f"t{data_dir.name}"))
+    engine = make_engine(folder)
     found = {}
     async with running(data_dir, engine) as host:
         sandbox = await host.create()
@@ -211,14 +210,15 @@ async def test_results_and_tracebacks_are_harmless(data_dir, record):
     record(found)
 
 
-async def test_sizes_and_paths_of_transfers_are_checked(data_dir, record):
+@pytest.mark.any_engine
+async def test_sizes_and_paths_of_transfers_are_checked(data_dir, make_engine, record):
     """FIFOs, devices, links to memory, sockets and endless files neither hang a transfer nor leave the sandbox."""
     folder = data_dir / "engine"
     folder.mkdir(mode=0o711)
     secret = Path(data_dir, "secret")
     secret.write_text("secret-4711")
     secret.chmod(0o644)
-    engine = ProcessEngine(EngineOptions(data_dir=str(folder), instance=f"t{data_dir.name}"))
+    engine = make_engine(folder)
     found = {}
     async with running(data_dir, engine, transfer_stall_s=5) as host:
         sandbox = await host.create(rootfs_gb=1)

@@ -79,6 +79,7 @@ def test_what_the_kernel_has_once_for_all_is_shared_out(new_machine, take, most)
     os.close(watching)
 
 
+@pytest.mark.any_engine
 def test_open_files_are_limited(attacker):
     """A process that opens files without end gets EMFILE from Python and from a shell; others of its sandbox do not."""
     out = attacker.run("held = []\nwhile True: held.append(open('/dev/null'))")
@@ -101,6 +102,7 @@ def test_descriptors_under_way_do_not_keep_others_from_forking(new_machine):
         child.close()
 
 
+@pytest.mark.any_engine
 def test_memory_of_a_shell_is_limited_as_the_repls(new_machine):
     """A program that a bash cell runs cannot allocate more than the sandbox may use, with control groups or without."""
     machine = new_machine(SMALL)

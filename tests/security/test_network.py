@@ -25,6 +25,7 @@ print(time.monotonic() - start < 3)
     assert out.stdout == "True\n", out.stdout
 
 
+@pytest.mark.any_engine
 def test_abstract_unix_sockets_of_the_host_are_out_of_reach(attacker):
     """An abstract socket, which has no file, is visible in its own network namespace only."""
     with socket.socket(socket.AF_UNIX) as server:
@@ -76,6 +77,7 @@ threading.Thread(target=lambda: [c.send({name!r}) or c.close() for c in iter(lam
     assert other.run(ask).stdout == "b'two'\n"
 
 
+@pytest.mark.any_engine
 def test_name_lookup_fails_at_once(attacker):
     """Looking up a name ends with an error within seconds, not with a hang."""
     out = attacker.run(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,14 +17,12 @@ MINE, OTHERS = "key-of-the-attacker-1", "key-of-somebody-else-2"
 
 
 @pytest.fixture(scope="module")
-def daemon(private_temp: Path) -> Iterator[ServedDaemon]:
+def daemon(private_temp: Path, serve_words: tuple[str, ...]) -> Iterator[ServedDaemon]:
     """A daemon with two keys."""
-    import shutil
-    import tempfile
 
     folder = Path(tempfile.mkdtemp(prefix="o", dir=private_temp))
     folder.chmod(0o711)
-    with served(folder, env={"PODFLARE_API_KEYS": f"{MINE},{OTHERS}"}) as found:
+    with served(folder, *serve_words, env={"PODFLARE_API_KEYS": f"{MINE},{OTHERS}"}) as found:
         yield found
     shutil.rmtree(folder)
 
@@ -58,6 +58,7 @@ def routes(sandbox: str, own: str) -> dict[str, tuple[str, str, object]]:
     }
 
 
+@pytest.mark.any_engine
 def test_another_keys_sandbox_does_not_exist(daemon, record):
     """Each route answers for a sandbox of another key as for one that never was, and does nothing to it."""
     with httpx.Client(base_url=daemon.url, timeout=30) as client:

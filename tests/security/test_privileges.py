@@ -126,6 +126,7 @@ for kind in range(16):
 }  # fmt: skip
 
 
+@pytest.mark.any_engine
 def test_no_capability_can_be_gained(attempt):
     """Neither set-user-id programs, file capabilities, exec nor prctl give a capability, a priority or a higher limit."""
     attempt(GAIN)
@@ -146,6 +147,7 @@ a.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_CREDENTIALS, struct.pack("3i",
 }  # fmt: skip
 
 
+@pytest.mark.any_engine
 def test_identity_cannot_be_changed(attempt):
     """No process gets another user or group id, gives files away, or claims another's id to a peer."""
     attempt(IDENTITY, "open('/root/mine', 'w').close()\n")

@@ -46,7 +46,9 @@ def parser() -> argparse.ArgumentParser:
         help="virtual machine monitor of the engine microvm (auto: Firecracker where it can work, else QEMU)",
     )
     what.add_argument("--firecracker", type=Path, metavar="PATH", help="the Firecracker to take (that on the PATH)")
-    what.add_argument("--pool-size", type=_count, metavar="N", help="warm sandboxes kept ready (4)")
+    what.add_argument(
+        "--pool-size", type=_count, metavar="N", help="warm sandboxes kept ready (process: 4, microvm: 2)"
+    )
     # For the SDK, which starts a private daemon with them.
     options.add_argument("--embedded", action="store_const", const=True, help=argparse.SUPPRESS)
     options.add_argument("--parent-pid", type=_count, help=argparse.SUPPRESS)

@@ -281,6 +281,10 @@ class Engine(Protocol):
     """By which of several means it makes machines, one line for the log; empty before `start`, and if there is one."""
     capabilities: Mapping[Capability, str]
     """What it can, in words for users; what is missing here is refused with NotBuilt (or EgressUnavailable)."""
+    pool_size: int
+    """Warm machines that a daemon keeps if nobody says how many: a burst of creates, for what one waiting costs."""
+    rehearsal: str
+    """A cell that the pool runs in each warm machine, where a machine's first one is slow; empty: none."""
 
     @property
     def templates(self) -> tuple[str, ...]:
@@ -299,6 +303,12 @@ class Engine(Protocol):
         """Acquire what is shared by all machines (the zygote).
 
         Raises: IsolationIncomplete if this computer cannot make a machine; the message says why and what to do.
+        """
+
+    def can_change(self, made: Limits, wanted: Limits) -> bool:
+        """Whether Machine.set_limits can turn a machine made with the limits `made` into one with `wanted`.
+
+        The host asks before it hands out a warm machine; where it cannot, another one has to be created.
         """
 
     async def create(self, spec: MachineSpec, *, timeout_s: float) -> Machine:

@@ -109,6 +109,8 @@ class FakeEngine:
     name = "fake"
     how = ""
     capabilities: Mapping[Capability, str] = {}
+    pool_size = 4
+    rehearsal = ""
     templates: tuple[str, ...] = ("default",)
 
     def __init__(self, python: str = sys.executable) -> None:
@@ -128,6 +130,9 @@ class FakeEngine:
     async def start(self) -> None:
         if self._bundle is None:
             self._bundle = build_bundle(Path(tempfile.mkdtemp(prefix="podflare-bundle-")))
+
+    def can_change(self, made: Limits, wanted: Limits) -> bool:
+        return True
 
     async def create(self, spec: MachineSpec, *, timeout_s: float) -> Machine:
         if spec.template not in self.templates:

@@ -56,8 +56,9 @@ class Config:
     """Which virtual machine monitor the microvm engine takes: one of VMMS."""
     firecracker: Path | None = None
     """The Firecracker to take; None for the one on the PATH."""
-    pool_size: int = 4
-    """Warm sandboxes kept ready: a burst of this many creates costs no start-up, for about 15 MB each."""
+    pool_size: int | None = None
+    """Warm sandboxes kept ready: a burst of this many creates costs no start-up.  None: as the engine finds worth its
+    memory (Engine.pool_size)."""
     pool_templates: tuple[tuple[str, int], ...] = ()
     """Further pools, as (template, size): a template that preloads much starts more slowly than the default one."""
 

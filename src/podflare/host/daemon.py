@@ -98,7 +98,7 @@ class Daemon:
         self.pool = Pool(
             engine,
             MachineSpec(DEFAULT_TEMPLATE, _limits(TemplateInfo(DEFAULT_TEMPLATE))),
-            config.pool_size,
+            engine.pool_size if config.pool_size is None else config.pool_size,
             create_timeout_s=config.create_timeout_s,
         )
         self._pools = {DEFAULT_TEMPLATE: self.pool}

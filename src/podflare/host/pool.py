@@ -13,6 +13,7 @@ from podflare.engines.base import Engine, Limits, Machine, MachineSpec
 from podflare.errors import MachineFailed, PodflareError
 from podflare.host import telemetry
 from podflare.host.guest_link import GuestLink
+from podflare.host.rehearsal import rehearse
 
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
@@ -90,7 +91,9 @@ class Pool:
         If cancelled: no machine is left over.
         """
         # One with a way out is born with it.
-        while spec.template == self.spec.template and spec.uplink is None and not self._closed:
+        fits = spec.template == self.spec.template and spec.uplink is None
+        fits = fits and self._engine.can_change(self.spec.limits, spec.limits)
+        while fits and not self._closed:
             warm = await self._next()
             if warm is None:
                 break
@@ -152,12 +155,21 @@ class Pool:
         machine = await self._engine.create(spec, timeout_s=self._create_timeout_s)
         try:
             link = await GuestLink.open(machine, timeout_s=READY_TIMEOUT_S)
+            if pooled and self._engine.rehearsal:
+                await self._rehearse(link)
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await machine.aclose()
             raise
         telemetry.event("machine started", machine=machine.id, pooled=pooled, ms=_ms_since(start))
         return Warm(machine, link, pooled, version)
+
+    async def _rehearse(self, link: GuestLink) -> None:
+        try:
+            await rehearse(link, self._engine.rehearsal, timeout_s=self._create_timeout_s)
+        except BaseException:
+            link.close()
+            raise
 
     async def run(self) -> None:
         """Refill until `aclose`."""

@@ -23,8 +23,7 @@ def sdk_daemon(request: pytest.FixtureRequest, engine_name: str, private_temp: P
         with served(folder, gate=True) as daemon:
             yield daemon
         return
-    image = request.getfixturevalue("image")
-    with served(folder, "--engine", engine_name, "--image-dir", str(image.directory.parent.parent)) as daemon:
+    with served(folder, *request.getfixturevalue("serve_words")) as daemon:
         vms.boot_over_http(daemon.url)
         yield daemon
 

@@ -11,7 +11,7 @@ import pytest
 from daemons import ServedDaemon
 from podflare import AsyncClient, AsyncSandbox, FileMissing
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.anyio, pytest.mark.any_engine, pytest.mark.timeout(90)]
 
 
 async def test_first_steps(sdk_daemon: ServedDaemon, tmp_path: Path) -> None:

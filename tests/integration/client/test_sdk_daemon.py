@@ -28,7 +28,7 @@ from podflare import (
     UnknownTemplate,
 )
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = [pytest.mark.any_engine, pytest.mark.timeout(90)]
 
 
 @pytest.mark.both_engines

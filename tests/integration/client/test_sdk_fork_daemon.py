@@ -27,7 +27,7 @@ from podflare import (
     explore_async,
 )
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = [pytest.mark.any_engine, pytest.mark.timeout(90)]
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Daemons over the fake engine, over guests that follow a script, and over the process engine."""
+"""Daemons over the fake engine, over guests that follow a script, and over an engine with walls."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import anyio
 import pytest
 
 from hosting import Host, running
-from podflare.engines.base import EngineOptions
+from podflare.engines.base import Engine
 from podflare.engines.fake import FakeEngine
-from podflare.engines.process.engine import ProcessEngine
 from scripted_guest import Script, ScriptedEngine
 
 HostFactory = Callable[..., AbstractAsyncContextManager[Host]]
@@ -40,15 +39,14 @@ def scripted(data_dir: Path) -> HostFactory:
 
 
 @pytest.fixture
-def walled(data_dir: Path) -> HostFactory:
-    """`async with walled(**settings)`: a daemon over the process engine."""
+def walled(data_dir: Path, make_engine: Callable[[Path], Engine]) -> HostFactory:
+    """`async with walled(**settings)`: a daemon over an engine with walls."""
 
     @asynccontextmanager
     async def start(**settings: Any) -> AsyncIterator[Host]:
         folder = data_dir / "engine"
         folder.mkdir(mode=0o711)
-        engine = ProcessEngine(EngineOptions(data_dir=str(folder), instance=f"t{data_dir.name}"))
-        async with running(data_dir, engine, **settings) as found:
+        async with running(data_dir, make_engine(folder), **settings) as found:
             yield found
         assert os.listdir(folder / "machines") == []
 

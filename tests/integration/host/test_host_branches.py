@@ -11,7 +11,7 @@ import pytest
 from hosting import Host, text, wait_until
 from podflare.host.auth import digest
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.any_engine]
 
 
 def bearer(key: str) -> dict[str, str]:

@@ -304,6 +304,21 @@ async def test_pooled_machine_gets_the_asked_limits(scripted):
         assert (limits.memory_bytes, limits.disk_bytes) == (333 * 2**20, 2 * 2**30)
 
 
+async def test_machines_that_cannot_have_the_asked_limits_stay_in_the_pool(scripted):
+    """A create whose limits no warm machine can be given gets a new one, and the next plain one still a warm one."""
+    async with scripted(echo, pool_size=2) as h:
+        with anyio.fail_after(10):
+            while (await h.client.get("/v1/capacity")).json()["pool"]["ready"] < 2:
+                await anyio.sleep(0.01)
+        warm = list(h.engine.machines)
+        await h.create(ram_mib=4096)
+        pool = (await h.client.get("/v1/capacity")).json()["pool"]
+        assert (pool["ready"], pool["hits"], pool["misses"]) == (2, 0, 1)
+        await h.create()
+        assert (await h.client.get("/v1/capacity")).json()["pool"]["hits"] == 1
+        assert not any(machine.closed for machine in warm)
+
+
 async def test_dead_pooled_machines_are_never_handed_out(scripted):
     """Warm machines that die in the pool are replaced, and a create gets a living one."""
     async with scripted(echo, pool_size=2) as h:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 # A machine that lies too deep to be forked is copied into a new one, which must make no difference.
-pytestmark = pytest.mark.parametrize("way", ["forked", "carried"])
+pytestmark = [pytest.mark.any_engine, pytest.mark.parametrize("way", ["forked", "carried"])]
 
 
 def test_files_are_there_and_independent(parent, fork):

@@ -389,11 +389,11 @@ class Family(RuleBasedStateMachine):
 
 
 @pytest.fixture(scope="module")
-def model_daemon(private_temp: Path) -> Iterator[ServedDaemon]:
+def model_daemon(private_temp: Path, serve_words: tuple[str, ...]) -> Iterator[ServedDaemon]:
     """One daemon for all programs."""
     folder = Path(tempfile.mkdtemp(prefix="m", dir=private_temp))
     folder.chmod(0o711)
-    with served(folder) as daemon:
+    with served(folder, *serve_words) as daemon:
         yield daemon
     shutil.rmtree(folder)
 
@@ -416,12 +416,14 @@ def check_family(model_daemon: ServedDaemon) -> Iterator[Callable[..., None]]:
     close_default_client()  # connections are kept for the next client of the same address
 
 
+@pytest.mark.both_engines
 @pytest.mark.timeout(300)
-def test_branches_see_what_the_model_says(check_family):
+def test_branches_see_what_the_model_says(check_family, engine_name):
     """Programs of assignments, files, open files, forks, merges and closes do in each branch what they do in a model."""
-    check_family(max_examples=12, stateful_step_count=30, derandomize=True)
+    check_family(max_examples=12 if engine_name == "process" else 4, stateful_step_count=30, derandomize=True)
 
 
+@pytest.mark.any_engine
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_many_more_branches_see_what_the_model_says(check_family):

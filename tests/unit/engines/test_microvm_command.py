@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-from podflare.engines.base import Limits
+from podflare.engines.base import EngineOptions, Limits
 from podflare.engines.microvm.confinement import VMM_ID, Confinement
-from podflare.engines.microvm.engine import LEAST_BYTES, OWN_BYTES, disk_bytes_of, shape_of
+from podflare.engines.microvm.engine import LEAST_BYTES, OWN_BYTES, MicrovmEngine, disk_bytes_of, shape_of
 from podflare.engines.microvm.qemu_command import Descriptors, machine_key, qemu_command
 from podflare.engines.microvm.vmm import BootSource, Shape
 
@@ -74,3 +75,18 @@ def test_few_shapes() -> None:
     large = Limits(memory_bytes=5 * GIB, disk_bytes=GIB + 1, cpus=1.5)
     assert shape_of(large, cpus=3) == Shape(8 * GIB + OWN_BYTES, 2)
     assert (disk_bytes_of(limits), disk_bytes_of(large)) == (GIB, 2 * GIB)
+
+
+def test_what_a_waiting_machine_can_become() -> None:
+    """A machine that is made can be given less or as much memory as it has, and no other disk or processors."""
+    engine = MicrovmEngine(EngineOptions("/nonexistent", "test"))
+    made = Limits(memory_bytes=2 * GIB, disk_bytes=4 * GIB)
+    for wanted, can in (
+        (made, True),
+        (replace(made, memory_bytes=GIB // 4), True),
+        (replace(made, memory_bytes=GIB + 1), True),
+        (replace(made, memory_bytes=2 * GIB + 1), False),
+        (replace(made, disk_bytes=2 * GIB), False),
+        (replace(made, cpus=2.0), False),
+    ):
+        assert engine.can_change(made, wanted) is can, wanted

@@ -10,6 +10,7 @@ from pathlib import Path
 from podflare.engines.base import EngineOptions, MachineSpec, Wall
 from podflare.engines.linux.cgroups import Cgroup, Cgroups
 from podflare.engines.linux.waiting import to_the_end
+from podflare.engines.microvm.clocks import tell_time
 from podflare.engines.microvm.confinement import Confinement
 from podflare.engines.microvm.control import renew
 from podflare.engines.microvm.disks import copy_disk
@@ -59,6 +60,7 @@ async def bear(
         await vm.resume()
         await renew(vm, machine.control, hostname=spec.hostname, reseed=reseed, timeout_s=timeout_s)
         await machine.limit_inside(spec.limits)
+        await tell_time(machine.control)  # the first orders may have been under way for long
         return machine
     except MachineFailed as exc:
         last = vm.console.last_line if vm is not None else ""

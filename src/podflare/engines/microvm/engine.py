@@ -18,6 +18,7 @@ from podflare.engines.linux.ending import remove_tree
 from podflare.engines.linux.waiting import make_owned
 from podflare.engines.microvm import probe
 from podflare.engines.microvm.birth import Nursery, bear
+from podflare.engines.microvm.clocks import keep_clocks
 from podflare.engines.microvm.diff import compare_machines
 from podflare.engines.microvm.fork import fork_machine, save
 from podflare.engines.microvm.images import Images
@@ -75,6 +76,10 @@ class MicrovmEngine:
         "snapshot": "kept on disk, restored any number of times, by later daemons too",
         "templates": "images built from the distribution's packages and wheels",
     }
+    pool_size = 2
+    """About 50 MB each, and where instructions are translated a third of a second of a processor to make one anew."""
+    rehearsal = "print()"
+    """Touches a cell's pages, and has its code translated: else a user's first one can take a fifth of a second."""
 
     def __init__(self, options: EngineOptions, find: Callable[[], Found] | None = None) -> None:
         """Args: find: takes the place of the look for a VMM as `options` wish for one."""
@@ -89,6 +94,7 @@ class MicrovmEngine:
         self._cpus = 1
         self._machines: set[MicrovmMachine] = set()
         self._booting: set[asyncio.Task[Any]] = set()
+        self._clocks: asyncio.Task[None] | None = None
 
     @property
     def templates(self) -> tuple[str, ...]:
@@ -117,6 +123,7 @@ class MicrovmEngine:
         self._cpus = 1 if found.vmm.accelerator == "tcg" else min(MOST_CPUS, os.cpu_count() or 1)
         self._machine_key = found.machine_key
         self._origins = Origins(found.vmm, found.machine_key, self._data)
+        self._clocks = asyncio.get_running_loop().create_task(keep_clocks(lambda: self._machines))
         self._nursery = Nursery(self._options, machines_dir, found.vmm, found.confinement, cgroups.detect())
 
     def _ready(self) -> tuple[Nursery, Origins]:
@@ -125,6 +132,12 @@ class MicrovmEngine:
         return self._nursery, self._origins
 
     # Machines.
+
+    def can_change(self, made: Limits, wanted: Limits) -> bool:
+        one, other = (shape_of(limits, cpus=self._cpus) for limits in (made, wanted))
+        # Less memory than its own is held inside.
+        same = one.cpus == other.cpus and made.disk_bytes == wanted.disk_bytes
+        return same and other.memory_bytes <= one.memory_bytes
 
     async def create(self, spec: MachineSpec, *, timeout_s: float) -> MicrovmMachine:
         if spec.uplink is not None:
@@ -204,10 +217,11 @@ class MicrovmEngine:
         await self._make(keep(), timeout_s, f"snapshot {name!r}")
 
     async def aclose(self) -> None:
-        for task in list(self._booting):
+        tasks = [*self._booting, *((self._clocks,) if self._clocks is not None else ())]
+        for task in tasks:
             task.cancel()
-        if self._booting:
-            await asyncio.wait(list(self._booting))
+        if tasks:
+            await asyncio.wait(tasks)
         await _discard(list(self._machines))
         self._images.release()
         nursery, self._nursery = self._nursery, None

@@ -17,6 +17,7 @@ from podflare.engines.base import MachineSpec
 from podflare.engines.linux.ending import remove_tree
 from podflare.engines.linux.waiting import to_the_end
 from podflare.engines.microvm.birth import Nursery, bear
+from podflare.engines.microvm.clocks import tell_time
 from podflare.engines.microvm.disks import copy_disk
 from podflare.engines.microvm.machine import MicrovmMachine
 from podflare.engines.microvm.origins import Origin
@@ -88,3 +89,4 @@ async def save(machine: MicrovmMachine, origin: Origin) -> None:
         await loop.run_in_executor(None, copy_disk, machine.disk, origin.disk)
 
     machine.pause_s = await machine.vm.capture(origin.saved, while_paused=copy)
+    await tell_time(machine.control)  # its clock stood still, too

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import anyio
-from qemu.qmp import QMPClient, QMPError
+from qemu.qmp import EventListener, QMPClient, QMPError
+from qemu.qmp.message import Message
 
 from podflare.engines.linux.ending import END_TIMEOUT_S
 from podflare.engines.linux.waiting import resolve, to_the_end
@@ -140,6 +141,20 @@ def _through(fd: int) -> Path:
     return Path(f"/proc/self/fd/{fd}")
 
 
+class _DiskFaults(EventListener):
+    """Hears of writes that the computer's disk did not take; QEMU holds the VM still then."""
+
+    def __init__(self, end: Callable[[str], None]) -> None:
+        super().__init__("BLOCK_IO_ERROR")
+        self._end = end
+
+    async def put(self, event: Message) -> None:
+        data = event.get("data")
+        if self.accept(event) and isinstance(data, dict) and data.get("action") == "stop":
+            full = bool(data.get("nospace"))
+            self._end("the computer's disk is full" if full else f"the computer's disk failed: {data.get('reason')}")
+
+
 class QemuVm:
     """See vmm.Vm."""
 
@@ -162,6 +177,10 @@ class QemuVm:
         self._monitor = QMPClient("podflare")
         # Its own log lines would tell what is told by exceptions already.
         self._monitor.logger.disabled = True
+        # Nobody reads what the client would remember of events for ever.
+        self._monitor.events.names = {"none"}
+        self._monitor.register_listener(_DiskFaults(self._give_up))
+        self._fault = ""
         self._closing: asyncio.Task[None] | None = None
         loop = asyncio.get_running_loop()
         self._gone: asyncio.Future[None] = loop.create_future()
@@ -220,9 +239,19 @@ class QemuVm:
             raise MachineFailed(f"a virtual machine could not be saved: {exc}") from exc
         return pause_s
 
+    def _give_up(self, fault: str) -> None:
+        """End a VM that cannot go on: held still it would only seem to hang."""
+        if self._closing is not None:
+            return
+        self._fault = self._fault or fault
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
     async def wait_dead(self) -> str:
         await asyncio.shield(self._gone)
         status = self._process.wait()
+        if self._fault:
+            return self._fault
         how = f"by signal {-status}" if status < 0 else f"with status {status}"
         return f"QEMU ended {how}"
 

@@ -94,7 +94,8 @@ def _drives(fds: Descriptors) -> list[str]:
     words: list[str] = []
     for name, fd, options in (
         ("root", fds.root, "read-only=on"),
-        ("disk", fds.disk, "cache=unsafe,discard=unmap,detect-zeroes=unmap"),
+        # A write that fails for the computer's sake is no error of the machine's disk: it is told over the monitor.
+        ("disk", fds.disk, "cache=unsafe,discard=unmap,detect-zeroes=unmap,werror=stop"),
     ):
         # Nobody else has this disk, and the root is never written to: no locks.
         words += ["-drive", f"file=/proc/self/fd/{fd},if=none,id={name},format=raw,file.locking=off,{options}"]

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
-from podflare.engines.base import Capability, EngineOptions, EngineReport, MachineSpec
+from podflare.engines.base import Capability, EngineOptions, EngineReport, Limits, MachineSpec
 from podflare.engines.linux import cgroups, seccomp
 from podflare.engines.linux.ending import remove_tree
 from podflare.engines.linux.waiting import make_owned, run_to_end, wait_readable
@@ -62,6 +62,9 @@ class ProcessEngine:
         "network": "egress with rules, secrets and a log",
         "templates": "built on this computer from wheels",
     }
+    pool_size = 4
+    """About 15 MB each."""
+    rehearsal = ""
 
     def __init__(self, options: EngineOptions) -> None:
         self._options = options
@@ -97,6 +100,10 @@ class ProcessEngine:
         )
         await self._zygotes.start(self._filters)
         self._disk.start()
+
+    def can_change(self, made: Limits, wanted: Limits) -> bool:
+        # The rlimits that hold without control groups cannot be raised.
+        return made == wanted or bool(self._ready().cgroups.version)
 
     async def create(self, spec: MachineSpec, *, timeout_s: float) -> ProcessMachine:
         try:

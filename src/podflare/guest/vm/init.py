@@ -117,6 +117,9 @@ class _Init:
             if "restored" in order:
                 self._begin_anew(order["restored"])
                 return control.encode(number, {"ready": True})
+            if "clock" in order:
+                system.correct_clock(int(order["clock"]))
+                return control.encode(number, {"corrected": True})
             if "limits" in order:
                 groups.limit(int(order["limits"]["memory_bytes"]), int(order["limits"]["processes"]))
                 return control.encode(number, {"limited": True})

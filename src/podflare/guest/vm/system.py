@@ -16,6 +16,8 @@ OWN_FOLDER = "/run/podflare"
 """Read-only, made by the initramfs: this code."""
 EMPTY = f"{OWN_FOLDER}/empty"
 
+SLOW_NS = 1_000_000
+AHEAD_NS = 5_000_000_000
 _RNDADDENTROPY = 0x40085203
 _RNDRESEEDCRNG = 0x5207
 _SIOCSIFFLAGS = 0x8914
@@ -37,6 +39,13 @@ def set_names(hostname: str, machine_id: str) -> None:
 
 def set_clock(unix_ns: int) -> None:
     time.clock_settime_ns(time.CLOCK_REALTIME, unix_ns)
+
+
+def correct_clock(unix_ns: int) -> None:
+    """Set the clock if it is slow.  One that is a little ahead stays: the order may have been under way for so long."""
+    ahead_ns = time.time_ns() - unix_ns
+    if not -SLOW_NS <= ahead_ns <= AHEAD_NS:
+        set_clock(unix_ns)
 
 
 def add_entropy(seed: bytes) -> None:
