@@ -9,6 +9,8 @@ import socket
 
 import pytest
 
+from podflare.engines.process.engine import MAX_DEPTH
+
 _AIO = """
 kept = []
 for size in (60000, 5000, 1000, 100, 10, 1):
@@ -84,7 +86,7 @@ print("fine")
 
 
 @pytest.mark.parametrize("what", TAKE_ALL)
-def test_others_have_theirs(attacker, new_machine, what):
+def test_others_have_theirs(attacker, new_machine, monkeypatch, what):
     """While one sandbox holds all it could get, another one is made, forks and works, and the machine's programs do, too."""
     taken = attacker.run(_HEAD + TAKE_ALL[what])
     assert taken.exit.code == 0, taken
@@ -102,5 +104,7 @@ def test_others_have_theirs(attacker, new_machine, what):
     other = new_machine()
     used = other.run(USE)
     assert used.stdout == "fine\n", used.stderr
-    with contextlib.closing(other.fork(timeout_s=20)[0]) as child:
-        assert child.run("print(1)").stdout == "1\n"
+    for depth in (MAX_DEPTH, 0):  # forked; and its memory carried, as at the last generation that can be forked
+        monkeypatch.setattr("podflare.engines.process.engine.MAX_DEPTH", depth)
+        with contextlib.closing(other.fork()[0]) as child:
+            assert child.run("print(1)").stdout == "1\n"

@@ -174,12 +174,13 @@ def _fork_from_middle(fork_all: "Callable[[], Optional[Forked]]", timeout_s: flo
     pidfd = os.pidfd_open(middle)
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
-    if not poll.poll(int(timeout_s * 1000)):
+    in_time = bool(poll.poll(int(timeout_s * 1000)))
+    if not in_time:
         _kill(middle, signal.SIGKILL)
     os.close(pidfd)
     _, status = _waitpid(middle, 0)
     if status != 0:
-        raise OSError("the children could not be forked")
+        raise OSError("the children could not be forked" + ("" if in_time else f" within {timeout_s:g} s"))
     return None
 
 

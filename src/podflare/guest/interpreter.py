@@ -133,6 +133,8 @@ class Interpreter:
                 stdout, stderr = self._output.stdout.write_fd, self._output.stderr.write_fd
                 own = {"control": theirs.fileno(), "stdout": stdout, "stderr": stderr, "line": self._fork_line}
                 passage.await_memory(carrier, own)
+            except BaseException as exc:  # noqa: BLE001  # nothing may return into the agent's code
+                passage.tell_failure(carrier, exc)
             finally:
                 os._exit(1)
         theirs.close()

@@ -1,6 +1,6 @@
 """What a REPL does itself when its memory is carried into another machine (guest/process/carry.py).
 
-Two processes take part.  A frozen copy of the REPL sends what it has open and waits, for ever; a process of the new
+Two processes take part.  A frozen copy of the REPL says what it has open and waits, for ever; a process of the new
 machine puts that at the same descriptor numbers and waits as well.  The latter then has the memory of the former and
 goes on in its place: in `leave`, which returns in the new machine only.
 """
@@ -64,7 +64,7 @@ def leave(sock: int) -> Dict[str, int]:
         files, others = _open_descriptors({sock, line.fileno()})
         for start in range(0, len(files), FDS_PER_PACKET):
             part = files[start : start + FDS_PER_PACKET]
-            socket.send_fds(line, [json.dumps({"numbers": [[fd, _closes(fd)] for fd in part]}).encode()], part)
+            line.send(json.dumps({"numbers": [[fd, _closes(fd)] for fd in part]}).encode())
         line.send(json.dumps({"numbers": [], "socket": sock}).encode())
     # In this call one process becomes the other.  It sees an interrupted call and makes it again (PEP 475).
     arrival: Dict[str, Any] = json.loads(_read(sock, MAX_PACKET_BYTES) or b"{}")
@@ -73,6 +73,14 @@ def leave(sock: int) -> Dict[str, int]:
     _occupy(others)
     process.restore()
     return {name: int(arrival["own"][name]) for name in OWN}
+
+
+def tell_failure(sock: int, exc: BaseException) -> None:
+    """On a socket to the carrier: why the process at this end takes no part any more."""
+    try:
+        os.write(sock, json.dumps({"failed": f"{type(exc).__name__}: {exc}"[:500]}).encode())
+    except Exception:  # noqa: BLE001, S110  # the carrier is gone, or user code has broken a module: then it finds the end
+        pass
 
 
 def _open_descriptors(but: "set[int]") -> Tuple[List[int], List[int]]:
@@ -112,10 +120,11 @@ def await_memory(sock: int, own: Dict[str, int]) -> NoReturn:
         sock: to the carrier.
         own: the descriptors, by OWN, that this process needs afterwards.
     """
+    carrier = sock
     try:
-        sock = high_copy(sock)
-        close_all_but({0, 1, 2, sock, *own.values()})
-        line = socket.socket(fileno=sock)
+        carrier = high_copy(sock)
+        close_all_but({0, 1, 2, carrier, *own.values()})
+        line = socket.socket(fileno=carrier)
         line.send(b'{"waits": true}')
         incoming: List[Tuple[int, bool, int]] = []
         while True:
@@ -124,11 +133,13 @@ def await_memory(sock: int, own: Dict[str, int]) -> NoReturn:
             incoming += [(number, closes, fd) for (number, closes), fd in zip(message["numbers"], fds)]
             if "socket" in message:
                 break
+        carrier = -1  # its number may be another descriptor's in a moment
         placed = _place(line.detach(), message["socket"], own, incoming)
-        os.write(message["socket"], json.dumps({"placed": len(incoming), "own": placed}).encode())
-        _read(message["socket"], MAX_PACKET_BYTES)
-    except BaseException as exc:  # noqa: BLE001  # the carrier finds the socket closed and gives up
-        os.write(2, f"podflare: {type(exc).__name__}: {exc}\n".encode())
+        carrier = message["socket"]
+        os.write(carrier, json.dumps({"placed": len(incoming), "own": placed}).encode())
+        _read(carrier, MAX_PACKET_BYTES)
+    except BaseException as exc:  # noqa: BLE001  # nothing may return into the agent's code
+        tell_failure(carrier, exc)
     _exit(1)
     raise AssertionError  # for the type checker, which does not know _exit under this name
 

@@ -11,7 +11,7 @@ import signal
 import struct
 import time
 from dataclasses import dataclass
-from typing import Container, Dict, List, Set, Tuple
+from typing import Container, Dict, List, Optional, Set, Tuple
 
 from podflare.guest import syscalls
 
@@ -67,23 +67,20 @@ class Census:
 
     def descendants(self) -> List[Process]:
         """Every process below this one that has not ended."""
-        table: Dict[int, Process] = {}
-        for name in os.listdir("/proc"):
-            if name.isdigit():
-                process = _read_stat(int(name))
-                if process is not None:
-                    table[process.pid] = process
+        table = _table()
+        nested = self._nested(table)
         children: Dict[int, List[int]] = {}
         for process in table.values():
             children.setdefault(process.parent, []).append(process.pid)
         found: List[Process] = []
-        stack = [pid for pid in children.get(self.root, ()) if not _is_nested(pid)]
+        stack = list(children.get(self.root, ()))
         if self.root == 1:
             # A REPL forked into this PID namespace has its parent outside, which proc_pid_stat(5) shows as 0.
-            # So have processes of machines that are being forked below this one; they are not this machine's.
-            stack += [pid for pid in children.get(0, ()) if pid != 1 and not _is_nested(pid)]
+            stack += children.get(0, ())
         while stack:
             pid = stack.pop()
+            if pid == self.root or pid in nested:
+                continue
             stack += children.get(pid, ())
             if table[pid].state not in "ZX":
                 found.append(table[pid])
@@ -131,13 +128,24 @@ class Census:
         """Whether kill(-1) from here ends this machine's processes and nobody else's."""
         return self.root == 1 and not self._nested()
 
-    def _nested(self) -> List[int]:
-        """Children that are of another PID namespace below this one: machines that were forked from this one."""
-        try:
-            with open(f"/proc/self/task/{self.root}/children") as file:
-                return [int(pid) for pid in file.read().split() if _is_nested(int(pid))]
-        except OSError:
-            return []
+    def _nested(self, table: Optional[Dict[int, Process]] = None) -> Set[int]:
+        """First processes of machines that were forked from this one: of another PID namespace below this one.
+
+        They are children of this process, or, for a moment that can be long on a busy computer, still of who makes
+        them: a process that came from outside, as they did, and ends when it has made them.
+        """
+        table = _table() if table is None else table
+        parents = {self.root}
+        if self.root == 1:
+            outsiders = {process.pid for process in table.values() if not process.parent}
+            # Or of one that ended while the table was made.
+            ended = {process.parent for process in table.values() if process.parent not in table}
+            parents |= outsiders | ended
+        return {
+            process.pid
+            for process in table.values()
+            if process.parent in parents and process.pid != self.root and _is_nested(process.pid)
+        }
 
     def wait_for_nested(self) -> None:
         """Return when no machine that was forked from this one is left: their end would come with this process's.
@@ -150,7 +158,7 @@ class Census:
                 try:
                     os.waitpid(-1, 0)
                 except ChildProcessError:
-                    return
+                    time.sleep(_DYING_POLL_S)  # until who made them has ended, and they are this process's
 
 
 def _empty(folder: str) -> None:
@@ -225,6 +233,12 @@ def _is_newer(process: Process, mark: Mark) -> bool:
     if process.started_ticks == mark.ticks:
         return process.pid > mark.last_pid
     return process.started_ticks > mark.ticks
+
+
+def _table() -> Dict[int, Process]:
+    """Every process that is seen from here, by pid."""
+    listed = (_read_stat(int(name)) for name in os.listdir("/proc") if name.isdigit())
+    return {process.pid: process for process in listed if process is not None}
 
 
 def _read_stat(pid: int) -> "Process | None":

@@ -399,7 +399,8 @@ class Repl:
         try:
             losses = newborn.look({self._link.fd, self._line.fd, carrier, *self._streams.descriptors})
             mine = passage.leave(carrier)
-        except BaseException:  # noqa: BLE001  # the carrier finds the socket closed, and tells the daemon
+        except BaseException as exc:  # noqa: BLE001  # the carrier tells the daemon; this process has nowhere to go
+            passage.tell_failure(carrier, exc)
             os._exit(1)
         try:
             os.close(carrier)

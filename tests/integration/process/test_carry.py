@@ -106,6 +106,7 @@ print(libc.syscall(317, 1, 0, fprog))
 
 SABOTAGE = {
     "dies on its way": "import os; os._exit(3)",
+    "raises": "raise ValueError('no')",
     "sends garbage": "import os; os.write(args[0], b'{'); __import__('time').sleep(1000)",
     "sends wrong numbers": "import os; os.write(args[0], b'{\"leaves\": true}'); os.write(args[0], b'{\"numbers\": [[99999, 1]]}')",
     "lies about the socket": 'import os; os.write(args[0], b\'{"leaves": true}\'); os.write(args[0], b\'{"numbers": [], "socket": true}\')',
@@ -114,16 +115,23 @@ SABOTAGE = {
 }
 
 
+TOLD = {
+    "dies on its way": "the copy of the sandbox's Python process ended before it was copied",
+    "raises": "the copy of the sandbox's Python process: ValueError: no",
+    "sends wrong numbers": "a wrong number of a descriptor",
+}
+
+
 @pytest.mark.parametrize("how", SABOTAGE)
 def test_a_repl_that_sabotages_its_journey_gets_an_error(parent, fork, how):
-    """Whatever the copy does instead of leaving, the fork fails, nothing is left of it, and the parent goes on."""
+    """Whatever the copy does instead of leaving, the fork fails and says so, nothing is left, and the parent goes on."""
     parent.run(
         "import sys\nkept = 1\nframe = sys._getframe()\n"
         "while frame.f_globals.get('__name__') != 'podflare.guest.repl': frame = frame.f_back\n"
         f"def leave(*args):\n    {SABOTAGE[how]}\n"
         "frame.f_globals['passage'].leave = leave"
     )
-    with pytest.raises(PodflareError):
+    with pytest.raises(PodflareError, match=TOLD.get(how, ".")):
         fork(parent, timeout_s=20)
     assert parent.run("print(kept)").stdout.endswith("1\n")
     counted = parent.run("""

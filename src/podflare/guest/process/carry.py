@@ -6,13 +6,15 @@ same zygote and so has the same program at the same addresses.  Whoever is carri
 sides wait in a read of their socket to this process; the copy is made from outside.
 
 Runs in a process of the family.  Reads memory that user code wrote, and interprets none of it but the list of
-descriptors, which is checked.
+descriptors, which is checked.  It takes these itself: a process in which user code runs may not be able to send any, as
+the kernel counts those that are on their way for all processes of one user id (SCM_RIGHTS, unix(7)).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -27,9 +29,8 @@ from podflare.guest.process.tracee import Tracee
 MAX_PACKET_BYTES = 64 * 1024
 FDS_PER_PACKET = 200
 MAX_FDS = 16384
-STEP_TIMEOUT_S = 20.0
-"""For what the two processes do before they wait."""
 _PROC = "/new"
+_SOURCE, _TARGET = "the copy of the sandbox's Python process", "the new machine's process"
 
 
 def run_carrier(source: int, target: int, answer: int, timeout_s: float) -> NoReturn:
@@ -46,12 +47,12 @@ def run_carrier(source: int, target: int, answer: int, timeout_s: float) -> NoRe
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.setitimer(signal.ITIMER_REAL, timeout_s)
+            _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # also for those on their way
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
             # Its own mount of /proc, which shows the family's PID namespace.
             sc.unshare(sc.CLONE_NEWNS)
             sc.mount("proc", _PROC, "proc", sc.MS_NOSUID | sc.MS_NODEV | sc.MS_NOEXEC)
             with socket.socket(fileno=source) as ours, socket.socket(fileno=target) as theirs:
-                for sock in (ours, theirs):
-                    sock.settimeout(STEP_TIMEOUT_S)
                 written = _carry(ours, theirs)
             report: Dict[str, Any] = {"error": None, "bytes": written}
         except BaseException as exc:
@@ -83,6 +84,10 @@ class _Peers:
             raise OSError("a process that was to be carried ended")
         return tracee
 
+    def descriptor(self, pid: int, number: int) -> int:
+        """A copy of one of its descriptors.  Raises: OSError."""
+        return sc.pidfd_getfd(self._pidfds[pid], number)
+
     def spare(self, pid: int) -> None:
         os.close(self._pidfds.pop(pid))
 
@@ -97,13 +102,13 @@ class _Peers:
 def _carry(source: socket.socket, target: socket.socket) -> int:
     peers = _Peers()
     try:
-        hello, waiting_pid, _ = _receive(target, peers)
+        hello, waiting_pid = _receive(target, peers, _TARGET)
         if hello.get("waits") is not True:
-            raise OSError("the new machine sent no process to be carried into")
+            raise OSError(f"{_TARGET} does not wait for its memory")
         frozen_pid, number = _pass_descriptors(source, target, peers)
-        placed, pid, _ = _receive(target, peers)
+        placed, pid = _receive(target, peers, _TARGET)
         if pid != waiting_pid:
-            raise OSError("the new machine's process did not take the descriptors")
+            raise OSError(f"{_TARGET} did not take the descriptors")
         with closing(peers.stop(frozen_pid, number)) as frozen, closing(peers.stop(waiting_pid, number)) as waiting:
             _compare(frozen, waiting)
             written = become(frozen, waiting)
@@ -117,65 +122,64 @@ def _carry(source: socket.socket, target: socket.socket) -> int:
 
 def _pass_descriptors(source: socket.socket, target: socket.socket, peers: _Peers) -> Tuple[int, int]:
     """Pass on what the source has open.  Returns its pid and the number of the descriptor on which it now waits."""
-    first, pid, fds = _receive(source, peers)
-    if first.get("leaves") is not True or fds:
-        raise OSError("the sandbox's Python process sent something else than itself")
+    first, pid = _receive(source, peers, _SOURCE)
+    if first.get("leaves") is not True:
+        raise OSError(f"{_SOURCE} sent something else than itself")
     count = 0
     while True:
-        message, sender, fds = _receive(source, peers)
+        message, sender = _receive(source, peers, _SOURCE)
+        listed = message.get("numbers")
+        if sender != pid or not isinstance(listed, list) or len(listed) > FDS_PER_PACKET:
+            raise OSError(f"{_SOURCE} sent a wrong list of descriptors")
+        count += len(listed)
+        if count > MAX_FDS:
+            raise OSError(f"more than {MAX_FDS} descriptors")
+        numbers = [(_number(fd), closes is True) for fd, closes in listed]
+        body: Dict[str, Any] = {"numbers": numbers}
+        last = "socket" in message
+        if last:
+            body["socket"] = _number(message["socket"])
+        elif not numbers:
+            raise OSError(f"{_SOURCE} sent an empty list of descriptors")
+        fds: List[int] = []
         try:
-            numbers = message.get("numbers")
-            if sender != pid or not isinstance(numbers, list) or len(numbers) != len(fds):
-                raise OSError("the sandbox's Python process sent a wrong list of descriptors")
-            count += len(fds)
-            if count > MAX_FDS:
-                raise OSError(f"more than {MAX_FDS} descriptors")
-            body: Dict[str, Any] = {"numbers": [[_number(fd), closes is True] for fd, closes in numbers]}
-            last = "socket" in message
-            if last:
-                body["socket"] = _number(message["socket"])
+            fds += (peers.descriptor(pid, number) for number, _ in numbers)
             socket.send_fds(target, [json.dumps(body).encode()], fds)
-            if last:
-                return pid, int(body["socket"])
-            if not fds:
-                raise OSError("the sandbox's Python process sent an empty list of descriptors")
         finally:
             for fd in fds:
                 os.close(fd)
+        if last:
+            return pid, int(body["socket"])
 
 
 def _number(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < MAX_FDS:
-        raise OSError("the sandbox's Python process sent a wrong number of a descriptor")
+        raise OSError(f"{_SOURCE} sent a wrong number of a descriptor")
     return value
 
 
-def _receive(sock: socket.socket, peers: _Peers) -> "Tuple[Dict[str, Any], int, List[int]]":
-    """One JSON packet, the sender's pid as the kernel states it (noted in `peers`), the descriptors that came along.
+def _receive(sock: socket.socket, peers: _Peers, who: str) -> "Tuple[Dict[str, Any], int]":
+    """One JSON packet and the sender's pid as the kernel states it (noted in `peers`).
 
-    Raises: OSError, ValueError for anything else; socket.timeout.
+    Raises: OSError with what `who` says went wrong there; OSError, ValueError for anything else.
     """
-    space = socket.CMSG_SPACE(struct.calcsize("3i")) + socket.CMSG_SPACE(FDS_PER_PACKET * struct.calcsize("i"))
-    data, ancillary, flags, _ = sock.recvmsg(MAX_PACKET_BYTES, space)
+    # Without room for descriptors the kernel hands none over.
+    data, ancillary, _, _ = sock.recvmsg(MAX_PACKET_BYTES, socket.CMSG_SPACE(struct.calcsize("3i")))
+    if not data:
+        raise OSError(f"{who} ended before it was copied")
     pid = 0
-    fds: List[int] = []
     for level, kind, content in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds += struct.unpack(f"{len(content) // 4}i", content[: len(content) // 4 * 4])
-        elif level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
             pid = int(struct.unpack("3i", content[: struct.calcsize("3i")])[0])
-    try:
-        if not pid or flags & socket.MSG_CTRUNC:
-            raise OSError("a process that was to be carried went away")
-        peers.note(pid)
-        message = json.loads(data)
-        if not isinstance(message, dict):
-            raise ValueError("a process that was to be carried sent no object")
-        return message, pid, fds
-    except BaseException:
-        for fd in fds:
-            os.close(fd)
-        raise
+    if not pid:
+        raise OSError(f"{who} has no number here")  # it is of another PID namespace
+    peers.note(pid)
+    message = json.loads(data)
+    if not isinstance(message, dict):
+        raise ValueError(f"{who} sent no object")
+    if "failed" in message:
+        raise OSError(f"{who}: {str(message['failed'])[:500]}")
+    return message, pid
 
 
 def _compare(source: Tracee, target: Tracee) -> None:
