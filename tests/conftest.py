@@ -286,7 +286,8 @@ def _groups_of_others(temp: Path, groups: set[str]) -> set[str]:
         if other != temp:
             for pattern in ("*", "*/instances/*", "*/*/instances/*", "*/*/*/instances/*"):
                 names.update(path.name for path in other.glob(pattern))
-    return {group for group in groups if Path(group).parent.name.removeprefix("podflare-") in names}
+    # A daemon's engines have names of their own behind its instance's.
+    return {group for group in groups if Path(group).parent.name.removeprefix("podflare-").partition("-")[0] in names}
 
 
 def _groups(processes: dict[int, str]) -> set[str]:

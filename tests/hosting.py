@@ -15,6 +15,7 @@ import httpx
 
 from podflare.engines.base import Engine
 from podflare.host.config import Config
+from podflare.host.engines import Engines
 from podflare.host.recover import open_instance
 from podflare.serve import listen, serve_until
 
@@ -88,7 +89,7 @@ def text(cell: list[dict[str, Any]], kind: str = "stdout") -> str:
 
 
 @asynccontextmanager
-async def running(data_dir: Path, engine: Engine, **settings: Any) -> AsyncIterator[Host]:
+async def running(data_dir: Path, engine: Engine, *others: Engine, **settings: Any) -> AsyncIterator[Host]:
     settings = {"uds": str(data_dir / "s"), "pool_size": 0, "data_dir": data_dir / "data", **settings}
     config = Config(**settings)
     sock = listen(config)
@@ -96,11 +97,12 @@ async def running(data_dir: Path, engine: Engine, **settings: Any) -> AsyncItera
     instance = open_instance(config.data_dir, lambda directory, name: None)
     stop = anyio.Event()
     try:
-        await engine.start()
+        engines = Engines(engine, *others)
+        await engines.start()
         base = "http://podflare" if config.uds else f"http://127.0.0.1:{address[1]}"
         transport = httpx.AsyncHTTPTransport(uds=config.uds)
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(serve_until, stop, config, engine, instance, sock)
+            tasks.start_soon(serve_until, stop, config, engines, instance, sock)
             try:
                 async with httpx.AsyncClient(transport=transport, base_url=base, timeout=STEP_S) as client:
                     yield Host(config, engine, client, address)

@@ -1,6 +1,6 @@
-"""Composition root of the daemon: settings -> engine -> host -> HTTP server, and the order in which they start and end.
+"""Composition root of the daemon: settings -> engines -> host -> HTTP server, and how they start and end.
 
-The engine starts before the web stack is imported: its zygote then prepares itself while this process imports.
+Engines start before the web stack is imported: the zygote then prepares itself while this process imports.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from podflare.engines.base import Engine, EngineOptions, EngineReport, Limits, M
 from podflare.errors import BadRequest
 from podflare.host import telemetry
 from podflare.host.config import Config, check_start, default_image_dir, vmm_of
+from podflare.host.engines import Engines
 from podflare.host.recover import Instance, open_instance
 from podflare.host.store import MemoryStore, SqliteStore, Store
 from podflare.wire.api import DEFAULT_TEMPLATE
@@ -53,7 +54,7 @@ def serve_forever(**given: Any) -> int:
 
 
 def serve(config: Config, engine: Callable[[EngineOptions], Engine] | None = None) -> int:
-    """Serve as `config` says until told to end; blocks; the exit code.  `engine` takes the place of the named one.
+    """Serve as `config` says until told to end; blocks; the exit code.  `engine` takes the place of the named ones.
 
     Raises: as serve_forever.
     """
@@ -62,23 +63,17 @@ def serve(config: Config, engine: Callable[[EngineOptions], Engine] | None = Non
     warning = check_start(config)
     if warning:
         telemetry.problem(warning)
-    make, reap = _engine(config.engine)
+    makers = {"given": engine} if engine is not None else {name: _engine(name)[0] for name in config.engines}
     sock = listen(config)
     try:
-        instance = open_instance(config.data_dir, reap)
+        instance = open_instance(config.data_dir, _reap)
         try:
-            options = EngineOptions(
-                data_dir=str(instance.directory),
-                instance=instance.name,
-                require=config.require,
-                template_dir="" if config.template_dir is None else str(config.template_dir.absolute()),
-                image_dir="" if config.image_dir is None else str(config.image_dir.absolute()),
-                snapshot_dir="" if config.embedded else str(config.data_dir.absolute() / "snapshots"),
-                vmm=config.vmm,
-                firecracker="" if config.firecracker is None else str(config.firecracker.absolute()),
+            engines = Engines(
+                *(make(_options(config, instance, name)) for name, make in makers.items()),
+                later=_on_request(config, instance),
             )
             anyio.run(
-                functools.partial(_run, config, (engine or make)(options), instance, sock),
+                functools.partial(_run, config, engines, instance, sock),
                 backend="asyncio",
                 backend_options={"use_uvloop": True},
             )
@@ -89,6 +84,44 @@ def serve(config: Config, engine: Callable[[EngineOptions], Engine] | None = Non
         if config.uds is not None:
             Path(config.uds).unlink(missing_ok=True)
     return 0
+
+
+def _options(config: Config, instance: Instance, engine: str) -> EngineOptions:
+    """What an engine is told; it gets a directory and a name of its own within the daemon's."""
+    folder = instance.directory / engine
+    folder.mkdir(exist_ok=True)
+    folder.chmod(instance.directory.stat().st_mode & 0o777)
+    return EngineOptions(
+        data_dir=str(folder),
+        instance=f"{instance.name}-{engine}",
+        require=config.require,
+        template_dir="" if config.template_dir is None else str(config.template_dir.absolute()),
+        image_dir="" if config.image_dir is None else str(config.image_dir.absolute()),
+        snapshot_dir="" if config.embedded else str(config.data_dir.absolute() / "snapshots"),
+        vmm=config.vmm,
+        firecracker="" if config.firecracker is None else str(config.firecracker.absolute()),
+    )
+
+
+def _on_request(config: Config, instance: Instance) -> dict[str, Callable[[], Engine]]:
+    """The engines that are started when somebody asks for them."""
+
+    def make(name: str) -> Engine:
+        return _engine(name)[0](_options(config, instance, name))
+
+    names = [name for name in ENGINES if config.engines_on_request and name not in config.engines]
+    return {name: functools.partial(make, name) for name in names}
+
+
+def _reap(directory: Path, instance: str) -> None:
+    """See host.recover.Reap: of each engine that the dead daemon had.  Directories and names as in _options."""
+    for name in ENGINES:
+        if (directory / name).is_dir():
+            try:
+                _, reap = _engine(name)
+            except BadRequest as exc:
+                raise OSError(str(exc)) from exc
+            reap(directory / name, f"{instance}-{name}")
 
 
 def _allow_open_files() -> None:
@@ -260,41 +293,37 @@ def _address(config: Config, sock: socket.socket) -> str:
 # The life of the daemon.
 
 
-async def _run(config: Config, engine: Engine, instance: Instance, sock: socket.socket) -> None:
+async def _run(config: Config, engines: Engines, instance: Instance, sock: socket.socket) -> None:
     stop = anyio.Event()
     with _ending(config, stop):
         importing = asyncio.get_running_loop().run_in_executor(None, _import_web)
         try:
-            await engine.start()
-        except BaseException:
-            with anyio.CancelScope(shield=True):
-                await engine.aclose()
-            raise
+            await engines.start()
         finally:
             await importing
-        await serve_until(stop, config, engine, instance, sock)
+        await serve_until(stop, config, engines, instance, sock)
 
 
 async def serve_until(
-    stop: anyio.Event, config: Config, engine: Engine, instance: Instance, sock: socket.socket
+    stop: anyio.Event, config: Config, engines: Engines, instance: Instance, sock: socket.socket
 ) -> None:
-    """Serve on `sock` with a started engine until `stop` is set; then end every sandbox, the engine and the server."""
+    """Serve on `sock` with started engines until `stop` is set; then end every sandbox, the engines and the server."""
     from podflare.host.app import App
     from podflare.host.daemon import Daemon
 
     store: Store = MemoryStore()
     if not config.embedded:
         store = SqliteStore(config.data_dir / "sandboxes.sqlite", instance.name, instance.living)
-    daemon = Daemon(config, engine, store, instance)
+    daemon = Daemon(config, engines, store, instance)
     async with anyio.create_task_group() as tasks:
         await daemon.run(tasks)
         async with _server(App(daemon, config), sock):
             try:
                 if config.announce:
-                    _announce(config, engine, sock)
-                address = _address(config, sock)
-                told = {"how": engine.how} if engine.how else {}
-                telemetry.event("daemon ready", address=address, engine=engine.name, instance=instance.name, **told)
+                    _announce(config, engines, sock)
+                address, names = _address(config, sock), ",".join(engines.names)
+                told = {f"how_{engine.name}": engine.how for engine in engines.started if engine.how}
+                telemetry.event("daemon ready", address=address, engines=names, instance=instance.name, **told)
                 await stop.wait()
             finally:
                 # Before the server: streams of cells end with their cause instead of breaking off.
@@ -303,8 +332,14 @@ async def serve_until(
         tasks.cancel_scope.cancel()
 
 
-def _announce(config: Config, engine: Engine, sock: socket.socket) -> None:
-    line = {"ready": True, "address": _address(config, sock), "engine": engine.name, "pid": os.getpid()}
+def _announce(config: Config, engines: Engines, sock: socket.socket) -> None:
+    line = {
+        "ready": True,
+        "address": _address(config, sock),
+        "engine": engines.default.name,
+        "engines": engines.names,
+        "pid": os.getpid(),
+    }
     print(json.dumps(line), flush=True)
 
 

@@ -31,7 +31,7 @@ def groups_of(instances: Iterable[str]) -> list[str]:
 
 def groups_by_hierarchy(instances: Iterable[str]) -> list[list[str]]:
     """Likewise, for each hierarchy that has some."""
-    names = {f"podflare-{instance}" for instance in instances}
+    names = {f"podflare-{instance}-process" for instance in instances}
     found = []
     for line in Path("/proc/self/mounts").read_text().splitlines():
         _, top, kind, *_ = line.split()

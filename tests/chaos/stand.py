@@ -321,7 +321,7 @@ class Stand:
                 found.append(f"{kind or 'orphan'} {one}")
         found += [f"{count} processes: {kind}" for kind, count in counts.items() if count != ready]
         (instance,) = os.listdir(self._data / "instances")
-        for name, allowed in (("machines", ready), ("outputs", 0)):
+        for name, allowed in (("process/machines", ready), ("outputs", 0)):
             inside = os.listdir(self._data / "instances" / instance / name)
             if len(inside) != allowed:
                 found.append(f"{name}: {inside}")

@@ -9,7 +9,7 @@ from typing import Literal
 import typer
 
 from podflare.cli.cells import run_cell
-from podflare.cli.daemon import HOST, TEMPLATE
+from podflare.cli.daemon import ENGINE, HOST, TEMPLATE
 from podflare.cli.egress import ALLOW, EGRESS, wanted
 
 _BASH_SUFFIXES = (".sh", ".bash")
@@ -24,6 +24,7 @@ def run(
         None, min=0.001, help="Seconds after which the program is ended (exit code 124)."
     ),
     template: str | None = TEMPLATE,
+    engine: str | None = ENGINE,
     everything: bool = EGRESS,
     allow: list[str] = ALLOW,
     host: str | None = HOST,
@@ -40,7 +41,7 @@ def run(
     source = _read(file) if code is None else code
     from podflare import Sandbox
 
-    with Sandbox(host=host, template=template, egress=reach) as sandbox:
+    with Sandbox(host=host, template=template, engine=engine, egress=reach) as sandbox:
         exit_code = run_cell(sandbox, source, language=spoken, timeout_s=timeout)
     raise typer.Exit(exit_code if 0 <= exit_code <= 255 else exit_code & 0xFF or 1)
 

@@ -30,7 +30,13 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument("--port", type=_port, metavar="PORT", help="port to bind, 0 for a free one (7070)")
     where.add_argument("--uds", metavar="PATH", help="Unix socket, mode 0600, in place of address and port")
     what = options.add_argument_group("what it runs")
-    what.add_argument("--engine", metavar="NAME", help="engine that makes the sandboxes (process)")
+    what.add_argument(
+        "--engine",
+        dest="engines",
+        action="append",
+        metavar="NAME",
+        help="engine that makes the sandboxes (process); repeat it to offer several, the first is the default",
+    )
     what.add_argument(
         "--data-dir", type=Path, metavar="DIR", help="where sandboxes' files live (/var/lib/podflare as root)"
     )

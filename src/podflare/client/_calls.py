@@ -246,6 +246,14 @@ def parse_created(call: Call, body: bytes) -> dict[str, Any]:
     return value
 
 
+def ignored(options: Mapping[str, Any], created: Mapping[str, Any]) -> str:
+    """What decides about the walls and the daemon did not heed, because it is too old to know it; "" if nothing."""
+    engine = options.get("engine")
+    if engine is None or created.get("engine") == engine:
+        return ""
+    return f"the daemon does not know engine={engine!r:.80}: it is of an older version"
+
+
 def parse_children(call: Call, body: bytes, n: int) -> list[str]:
     """Raises: ProtocolError if these are not n ids."""
     children = parse_object(call, body).get("children")

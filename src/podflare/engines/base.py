@@ -274,7 +274,7 @@ class Machine(Protocol):
 
 
 class Engine(Protocol):
-    """Makes machines of one kind.  One per daemon."""
+    """Makes machines of one kind.  A daemon has one of each kind at most."""
 
     name: str
     how: str
@@ -343,9 +343,9 @@ class EngineOptions:
     """What every engine is told by the composition root."""
 
     data_dir: str
-    """A directory of this daemon alone; the engine owns `machines/` in it."""
+    """A directory of this engine in this daemon alone."""
     instance: str
-    """Unique name of this daemon life, for names of cgroups and the like."""
+    """Unique name of the engine in this daemon life, for names of cgroups and the like."""
     require: tuple[Wall, ...] = field(default=())
     """Walls whose absence makes `start` and `create` fail."""
     template_dir: str = ""

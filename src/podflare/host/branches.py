@@ -114,8 +114,7 @@ class Branches:
             raise BadRequest(f"{sandbox_id[:64]} cannot be merged into itself")
         one = await self._registry.get(sandbox_id, owner)
         other = await self._registry.get(other_id, owner)
-        if one.engine != other.engine:
-            raise Conflict(f"{other.id} runs on the engine {other.engine}, {one.id} on {one.engine}")
+        _check_engines(one, other)
         return one, other
 
     async def merge_changes(self, sandbox_id: str, other_id: str, owner: str, request: MergeRequest) -> MergeReport:
@@ -149,10 +148,11 @@ class Branches:
         """Which files the other one has otherwise, now: running cells are not waited for.
 
         Unless variables are to be compared, too: then both are compared between two cells.
-        Raises: SandboxNotFound; Conflict if one became another one meanwhile; as Machine.diff; with variables as
-            exclusive and verdicts.differences.
+        Raises: SandboxNotFound; Conflict if their engines differ, or if one became another one meanwhile; as
+            Machine.diff; with variables as exclusive and verdicts.differences.
         """
         pair = [await self._registry.get(one, owner) for one in (sandbox_id, other_id)]
+        _check_engines(*pair)
         if not request.variables:
             return await self._diff_files(pair, request)
         async with exclusive(*dict.fromkeys(pair), wait_s=MERGE_WAIT_S, what="not compared"):
@@ -177,6 +177,12 @@ class Branches:
             sandbox.touch()
             if sandbox.machine is not machine:
                 raise Conflict(f"another sandbox was merged into {sandbox.id} while it was compared; ask again")
+
+
+def _check_engines(one: Sandbox, other: Sandbox) -> None:
+    """Raises: Conflict if they have nothing in common that could be compared or merged."""
+    if one.terms.engine != other.terms.engine:
+        raise Conflict(f"{other.id} runs on the engine {other.terms.engine}, {one.id} on {one.terms.engine}")
 
 
 async def _embody(machines: tuple[Machine, ...], parent: Outlet | None) -> list[Body]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -44,7 +44,10 @@ class Config:
     """Owner -> name of its tier; owners that are not named are of the tier `default`."""
 
     # What it runs.
-    engine: str = "process"
+    engines: tuple[str, ...] = ("process",)
+    """Those that make sandboxes, the first being the default.  If one of them cannot start, the daemon does not."""
+    engines_on_request: bool = False
+    """Sandboxes may ask for every other engine of this version, too; it is started then."""
     require: tuple[Wall, ...] = ()
     """Walls without which no sandbox is handed out."""
     data_dir: Path = Path("podflare-data")
@@ -60,7 +63,10 @@ class Config:
     """Warm sandboxes kept ready: a burst of this many creates costs no start-up.  None: as the engine finds worth its
     memory (Engine.pool_size)."""
     pool_templates: tuple[tuple[str, int], ...] = ()
-    """Further pools, as (template, size): a template that preloads much starts more slowly than the default one."""
+    """Further pools, as (template, size): a template that preloads much starts more slowly than the default one.
+
+    engine/template is one of another engine than the default.
+    """
 
     # How it is started.
     embedded: bool = False
@@ -166,7 +172,9 @@ class Config:
         found["image_dir"] = default_image_dir(environ)
         if embedded:
             # The socket's mode is the key, and the SDK process decides how long a sandbox lives.
-            found.update(lifetime_s=None, idle_s=None, pool_size=2, log_level="warning")
+            found.update(lifetime_s=None, idle_s=None, pool_size=2, log_level="warning", engines_on_request=True)
+        if environ.get("PODFLARE_ENGINE"):
+            found.update(engines=read_engines((environ["PODFLARE_ENGINE"],)), engines_on_request=False)
         if environ.get("PODFLARE_DATA_DIR"):
             found["data_dir"] = Path(environ["PODFLARE_DATA_DIR"])
         for setting in ("memory_reserve_mib", "disk_reserve_mib"):
@@ -176,6 +184,8 @@ class Config:
         found.update(_egress(environ))
         found["require"] = _walls(environ.get("PODFLARE_REQUIRE", ""))
         found["vmm"], found["firecracker"] = vmm_of(environ)
+        if "engines" in given:
+            given["engines"] = read_engines(given["engines"])
         found.update(given)
         return cls(**found)
 
@@ -273,8 +283,6 @@ def _from_variables(environ: Mapping[str, str]) -> dict[str, Any]:
     found["pool_templates"] = _pool_templates(environ.get("PODFLARE_POOL_TEMPLATES", ""))
     if environ.get("PODFLARE_HEARTBEAT_SECONDS"):
         found["heartbeat_s"] = _seconds(environ, "PODFLARE_HEARTBEAT_SECONDS")
-    if environ.get("PODFLARE_ENGINE"):
-        found["engine"] = environ["PODFLARE_ENGINE"]
     found["region"] = environ.get("PODFLARE_REGION") or None
     found["public_url"] = environ.get("PODFLARE_PUBLIC_URL") or None
     return found
@@ -286,6 +294,14 @@ def split_address(text: str) -> tuple[str, int]:
     if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise BadRequest(f"PODFLARE_HOSTD_ADDR must be host:port, got {text!r}")
     return host.strip("[]"), int(port)
+
+
+def read_engines(words: Iterable[str]) -> tuple[str, ...]:
+    """Names from words that may be comma-separated lists.  Raises: BadRequest if there is none."""
+    names = tuple(dict.fromkeys(name.strip() for word in words for name in word.split(",") if name.strip()))
+    if not names:
+        raise BadRequest("no engine is named")
+    return names
 
 
 def _walls(text: str) -> tuple[Wall, ...]:

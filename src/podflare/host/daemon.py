@@ -18,7 +18,7 @@ from typing import Any
 import anyio
 from anyio.abc import TaskGroup
 
-from podflare.engines.base import Engine, Limits, MachineSpec
+from podflare.engines.base import Engine, MachineSpec
 from podflare.errors import (
     Conflict,
     MachineFailed,
@@ -27,28 +27,23 @@ from podflare.errors import (
     PodflareError,
     QuotaExceeded,
     SandboxNotFound,
-    UnknownTemplate,
 )
 from podflare.host import telemetry
 from podflare.host.body import Body
 from podflare.host.branches import Branches
 from podflare.host.config import Config
 from podflare.host.egress import Grant, Outlet, Outlets
+from podflare.host.engines import Engines
 from podflare.host.headroom import MIB, Headroom
 from podflare.host.kept import Room
 from podflare.host.lineage import Lineage, Terms
-from podflare.host.pool import Pool, Warm
+from podflare.host.pool import Warm
+from podflare.host.pools import Pools, limits_of
 from podflare.host.recover import Instance
 from podflare.host.registry import NOT_FOUND, Registry, new_sandbox_id
 from podflare.host.sandbox import Sandbox
 from podflare.host.store import Store
-from podflare.wire.api import (
-    DEFAULT_TEMPLATE,
-    CreateRequest,
-    SandboxInfo,
-    SandboxUsage,
-    TemplateInfo,
-)
+from podflare.wire.api import CreateRequest, SandboxInfo, SandboxUsage, TemplateInfo
 
 MAX_REMEMBERED_KEYS = 10_000
 CLOSE_WAIT_S = 20.0
@@ -75,9 +70,9 @@ class _Remembered:
 class Daemon:
     """All sandboxes of one daemon life."""
 
-    def __init__(self, config: Config, engine: Engine, store: Store, instance: Instance) -> None:
+    def __init__(self, config: Config, engines: Engines, store: Store, instance: Instance) -> None:
         self.config = config
-        self.engine = engine
+        self.engines = engines
         self.registry = Registry(store)
         self._store = store
         self._instance = instance
@@ -95,28 +90,13 @@ class Daemon:
         self._closing = False
         self._outlets = Outlets(config)
         self._measuring = anyio.Semaphore(MEASURING)
-        self.pool = Pool(
-            engine,
-            MachineSpec(DEFAULT_TEMPLATE, _limits(TemplateInfo(DEFAULT_TEMPLATE))),
-            engine.pool_size if config.pool_size is None else config.pool_size,
-            create_timeout_s=config.create_timeout_s,
-        )
-        self._pools = {DEFAULT_TEMPLATE: self.pool}
+        self._pools = Pools(engines, config)
         self.branches = Branches(self.registry, starting=self._start, add=self._add)
 
     async def run(self, tasks: TaskGroup) -> None:
-        """Start the background tasks in `tasks`; the engine has been started."""
+        """Start the background tasks in `tasks`; the engines have been started."""
         self._tasks = tasks
-        for name, size in self.config.pool_templates:
-            try:
-                spec = MachineSpec(name, _limits(self.engine.describe(name)))
-            except UnknownTemplate as exc:
-                telemetry.problem("no pool for a template that is not there", error=exc)
-                continue
-            self._pools[name] = Pool(self.engine, spec, size, create_timeout_s=self.config.create_timeout_s)
-        self.pool = self._pools[DEFAULT_TEMPLATE]
-        for pool in self._pools.values():
-            self._spawn(pool.run)
+        self._pools.start(self._spawn)
 
     def _spawn(self, work: Callable[[], Awaitable[None]]) -> None:
         assert self._tasks is not None
@@ -127,8 +107,8 @@ class Daemon:
     async def create(self, request: CreateRequest, owner: str, idempotency_key: str | None = None) -> Sandbox:
         """A ready sandbox.  With a key that this owner used in the last minutes: the same sandbox again.
 
-        Raises: UnknownTemplate; NotBuilt; NoCapacity; Conflict if the key was used for another request or its sandbox
-            is gone; IsolationIncomplete, MachineFailed, DeadlineExceeded from the engine.
+        Raises: BadRequest, UnknownTemplate; NotBuilt; NoCapacity; Conflict if the key was used for another request or
+            its sandbox is gone; IsolationIncomplete, MachineFailed, DeadlineExceeded from the engine.
         If cancelled or failed: no sandbox exists.
         """
         if idempotency_key is None:
@@ -176,13 +156,15 @@ class Daemon:
         self._admit(request)
         reach = self._outlets.grant(request)
         with self._start(owner, 1):
-            granted, notes = self._grant(request, owner)
-            warm, outlet = await self._machine(granted, reach)
+            engine = await self.engines.get(request.engine)
+            self.engines.check_template(engine, request.template)
+            granted, notes = self._grant(request, owner, engine)
+            warm, outlet = await self._machine(granted, engine, reach)
             body = Body(warm.machine, warm.link, outlet)
             if self._closing:
                 await body.aclose()
                 raise NoCapacity(SHUT_DOWN)
-            sandbox = self._adopt(granted, owner, body, (*notes, *_warnings(request, warm)))
+            sandbox = self._adopt(granted, owner, engine, body, (*notes, *_warnings(request, warm)))
         telemetry.event(
             "sandbox claimed",
             sandbox=sandbox.id,
@@ -197,11 +179,7 @@ class Daemon:
             raise NoCapacity(SHUT_DOWN)
         if request.persistent:
             raise NotBuilt("persistent sandboxes are not built yet; leave out persistent")
-        if request.template not in self.engine.templates:
-            known = ", ".join(self.engine.templates)
-            raise UnknownTemplate(
-                f"unknown template {request.template!r}; this daemon has: {known}; podflare template build makes others"
-            )
+        self.engines.check(request.engine)
 
     @contextmanager
     def _start(self, owner: str, count: int) -> Iterator[None]:
@@ -230,9 +208,9 @@ class Daemon:
             if self._closing and not self._starting:
                 self._none_starting.set()
 
-    def _grant(self, request: CreateRequest, owner: str) -> tuple[CreateRequest, tuple[str, ...]]:
+    def _grant(self, request: CreateRequest, owner: str, engine: Engine) -> tuple[CreateRequest, tuple[str, ...]]:
         """The request with the defaults filled in and the owner's caps applied; what was cut, in plain words."""
-        config, template = self.config, self.engine.describe(request.template)
+        config, template = self.config, engine.describe(request.template)
         resolved = replace(
             request,
             timeout_seconds=_or(request.timeout_seconds, config.lifetime_s),
@@ -242,14 +220,14 @@ class Daemon:
         )
         return config.tier_of(owner).grant(request, resolved)
 
-    async def _machine(self, request: CreateRequest, reach: Grant | None) -> tuple[Warm, Outlet | None]:
-        template = self.engine.describe(request.template)
-        spec = MachineSpec(request.template, _limits(template, request.ram_mib, request.rootfs_gb))
+    async def _machine(self, request: CreateRequest, engine: Engine, reach: Grant | None) -> tuple[Warm, Outlet | None]:
+        template = engine.describe(request.template)
+        spec = MachineSpec(request.template, limits_of(template, request.ram_mib, request.rootfs_gb))
         if reach is None:
-            return await self._take(spec), None
+            return await self._take(engine, spec), None
         outlet = await self._outlets.open(reach)
         try:
-            warm = await self._take(replace(spec, uplink=outlet.uplink))
+            warm = await self._take(engine, replace(spec, uplink=outlet.uplink))
         except BaseException:
             await outlet.aclose()
             raise
@@ -260,15 +238,17 @@ class Daemon:
             raise
         return warm, outlet
 
-    async def _take(self, spec: MachineSpec) -> Warm:
+    async def _take(self, engine: Engine, spec: MachineSpec) -> Warm:
         try:
-            return await self._pools.get(spec.template, self.pool).take(spec)
+            return await self._pools.take(engine, spec)
         except OSError as exc:
             if isinstance(exc, PodflareError):
                 raise
             raise MachineFailed(f"could not start a machine: {exc}") from exc
 
-    def _adopt(self, granted: CreateRequest, owner: str, body: Body, warnings: tuple[str, ...]) -> Sandbox:
+    def _adopt(
+        self, granted: CreateRequest, owner: str, engine: Engine, body: Body, warnings: tuple[str, ...]
+    ) -> Sandbox:
         limits = body.machine.spec.limits
         terms = Terms(
             template=granted.template,
@@ -278,6 +258,7 @@ class Daemon:
             idle_timeout_seconds=granted.idle_timeout_seconds,
             metadata=dict(granted.metadata),
             warnings=warnings,
+            engine=engine.name,
         )
         return self._add(owner, terms, Lineage(), body)
 
@@ -290,7 +271,6 @@ class Daemon:
             lineage,
             body,
             config=self.config,
-            engine=self.engine.name,
             directory=self._instance.outputs,
             total_room=self._room,
             spawn=self._spawn,
@@ -340,39 +320,39 @@ class Daemon:
         return found
 
     async def shut_down(self) -> None:
-        """End every sandbox, then the engine; bounded by `shutdown_s`, after which the engine alone is closed."""
+        """End every sandbox, then the engines; bounded by `shutdown_s`, after which the engines alone are closed."""
         self._closing = True
         sandboxes = self.registry.all()
         for sandbox in sandboxes:
             sandbox.end(SHUT_DOWN)
         with anyio.move_on_after(self.config.shutdown_s):
-            for pool in self._pools.values():
-                await pool.aclose()
+            await self._pools.aclose()
             for sandbox in sandboxes:
                 await sandbox.gone.wait()
             if self._starting:
                 await self._none_starting.wait()
         with anyio.move_on_after(self.config.shutdown_s, shield=True):
             await self._outlets.aclose()
-            await self.engine.aclose()
+            await self.engines.aclose()
         await self._store.aclose()
 
     def templates(self) -> list[TemplateInfo]:
-        """What sandboxes can start from, the default template first."""
-        return [self.engine.describe(name) for name in self.engine.templates]
+        """What sandboxes can start from, the default engine's first."""
+        return self.engines.templates()
 
     # Numbers.
 
     def capacity(self) -> dict[str, Any]:
         """Body of GET /v1/capacity."""
         return {
-            "engine": self.engine.name,
-            "templates": list(self.engine.templates),
+            "engine": self.engines.default.name,
+            "engines": list(self.engines.names),
+            "templates": list(self.engines.default.templates),
             "sandboxes": len(self.registry),
             "max_sandboxes": self.config.max_sandboxes,
             **self._headroom.describe(),
-            "pool": self.pool.describe(),
-            "pools": [pool.describe() for pool in self._pools.values()],
+            "pool": self._pools.default.describe(),
+            "pools": self._pools.describe(),
         }
 
 
@@ -382,15 +362,6 @@ def _bytes(mib: int | None) -> int | None:
 
 def _or(value: int | None, default: int | None) -> int | None:
     return default if value is None else value
-
-
-def _limits(template: TemplateInfo, ram_mib: int | None = None, rootfs_gb: int | None = None) -> Limits:
-    """The template's, where the request names none."""
-    return Limits(
-        memory_bytes=(template.ram_mib if ram_mib is None else ram_mib) << 20,
-        disk_bytes=(template.rootfs_gb if rootfs_gb is None else rootfs_gb) << 30,
-        cpus=template.cpus,
-    )
 
 
 def _warnings(request: CreateRequest, warm: Warm) -> tuple[str, ...]:

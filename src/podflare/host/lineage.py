@@ -20,6 +20,7 @@ class Terms:
     idle_timeout_seconds: int | None
     metadata: Mapping[str, str]
     warnings: tuple[str, ...] = ()
+    engine: str = ""
 
 
 @dataclass(frozen=True)

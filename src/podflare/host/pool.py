@@ -34,6 +34,34 @@ class Warm:
     """Of its template, when it was made."""
 
 
+async def make(engine: Engine, spec: MachineSpec, *, timeout_s: float, pooled: bool) -> Warm:
+    """A new machine, ready.  Raises: as Engine.describe and Engine.create.  On any of them, and if cancelled: none."""
+    start = time.monotonic()
+    version = engine.describe(spec.template).version
+    machine = await engine.create(spec, timeout_s=timeout_s)
+    warm = await greet(machine, pooled=pooled, version=version)
+    if pooled and engine.rehearsal:
+        try:
+            await rehearse(warm.link, engine.rehearsal, timeout_s=timeout_s)
+        except BaseException:
+            warm.link.close()
+            with anyio.CancelScope(shield=True):
+                await machine.aclose()
+            raise
+    telemetry.event("machine started", machine=machine.id, pooled=pooled, ms=_ms_since(start))
+    return warm
+
+
+async def greet(machine: Machine, *, pooled: bool, version: str = "") -> Warm:
+    """Begin the conversation with a machine's guest.  Raises: as GuestLink.open.  Then, and if cancelled: closed."""
+    try:
+        return Warm(machine, await GuestLink.open(machine, timeout_s=READY_TIMEOUT_S), pooled, version)
+    except BaseException:
+        with anyio.CancelScope(shield=True):
+            await machine.aclose()
+        raise
+
+
 class _Claim:
     """A create that waits for the machine which the refill is making."""
 
@@ -85,14 +113,13 @@ class Pool:
         }
 
     async def take(self, spec: MachineSpec) -> Warm:
-        """A warm machine if one fits and lives, else a new one.
+        """A warm machine if one fits and lives, else a new one.  `spec` names this pool's template.
 
         Raises: as Engine.describe and Engine.create.  On any of them no machine is left over.
         If cancelled: no machine is left over.
         """
         # One with a way out is born with it.
-        fits = spec.template == self.spec.template and spec.uplink is None
-        fits = fits and self._engine.can_change(self.spec.limits, spec.limits)
+        fits = spec.uplink is None and self._engine.can_change(self.spec.limits, spec.limits)
         while fits and not self._closed:
             warm = await self._next()
             if warm is None:
@@ -150,26 +177,7 @@ class Pool:
         return True
 
     async def _make(self, spec: MachineSpec, *, pooled: bool) -> Warm:
-        start = time.monotonic()
-        version = self._engine.describe(spec.template).version
-        machine = await self._engine.create(spec, timeout_s=self._create_timeout_s)
-        try:
-            link = await GuestLink.open(machine, timeout_s=READY_TIMEOUT_S)
-            if pooled and self._engine.rehearsal:
-                await self._rehearse(link)
-        except BaseException:
-            with anyio.CancelScope(shield=True):
-                await machine.aclose()
-            raise
-        telemetry.event("machine started", machine=machine.id, pooled=pooled, ms=_ms_since(start))
-        return Warm(machine, link, pooled, version)
-
-    async def _rehearse(self, link: GuestLink) -> None:
-        try:
-            await rehearse(link, self._engine.rehearsal, timeout_s=self._create_timeout_s)
-        except BaseException:
-            link.close()
-            raise
+        return await make(self._engine, spec, timeout_s=self._create_timeout_s, pooled=pooled)
 
     async def run(self) -> None:
         """Refill until `aclose`."""

@@ -56,7 +56,6 @@ class Sandbox:
         body: Body,
         *,
         config: Config,
-        engine: str,
         directory: Path,
         total_room: Room,
         spawn: Callable[[Callable[[], Awaitable[None]]], None],
@@ -67,7 +66,6 @@ class Sandbox:
         self.owner = owner
         self.terms = terms
         self.lineage = lineage
-        self.engine = engine
         self.config = config
         self.state = step(State.STARTING, Step.STARTED)
         self.replay = ReplayBuffer(config.replay_events, config.replay_bytes)
@@ -547,7 +545,7 @@ class Sandbox:
             id=self.id,
             state="ready" if self.state is State.BUSY else self.state.value,
             template=self.terms.template,
-            engine=self.engine,
+            engine=self.terms.engine,
             isolation=tuple(self._machine.walls),
             egress=False if self._outlet is None else self._outlet.grant.reach,
             ram_mib=self.terms.ram_mib,

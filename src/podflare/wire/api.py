@@ -41,6 +41,7 @@ class CreateRequest:
     """Body of POST /v1/sandboxes.  None means the daemon's default."""
 
     template: str = DEFAULT_TEMPLATE
+    engine: Optional[str] = None
     timeout_seconds: Optional[int] = None
     idle_timeout_seconds: Optional[int] = None
     ram_mib: Optional[int] = None
@@ -58,6 +59,7 @@ class CreateRequest:
         read = Fields(body, error=BadRequest, what="create request")
         return cls(
             template=read.text("template", max_chars=128, default=DEFAULT_TEMPLATE) or DEFAULT_TEMPLATE,
+            engine=read.optional_text("engine", max_chars=64) or None,
             timeout_seconds=read.optional_integer("timeout_seconds", low=1, high=MAX_LIFETIME_S),
             idle_timeout_seconds=read.optional_integer("idle_timeout_seconds", low=1, high=MAX_LIFETIME_S),
             ram_mib=read.optional_integer("ram_mib", low=64, high=1024 * 1024),
@@ -310,6 +312,8 @@ class TemplateInfo:
     """Why sandboxes start without `preload`, though they could; empty if they do not."""
     problem: str = ""
     """Why no sandbox can be made of it, and what to do; empty if all is well."""
+    engine: str = ""
+    """Which makes sandboxes of it."""
 
     def to_json(self) -> Dict[str, Any]:
         return asdict(self)

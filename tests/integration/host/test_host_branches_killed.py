@@ -112,7 +112,7 @@ def test_killed_at_any_moment(serve, data_dir, after_s):
         while len(os.listdir(instances)) > 1 and time.monotonic() < deadline:
             time.sleep(0.01)  # what the first one left is removed behind the start
         (instance,) = os.listdir(instances)
-        assert os.listdir(instances / instance / "machines") == []
+        assert os.listdir(instances / instance / "process" / "machines") == []
         fresh = client.post("/v1/sandboxes").json()["id"]
         assert len(client.post(f"/v1/sandboxes/{fresh}/fork", json={"n": 2}).json()["children"]) == 2
     two.end(signal.SIGTERM)

@@ -224,10 +224,10 @@ def test_the_daemons_end_is_its_machines_end(data_dir: Path, image: Image) -> No
             wait_for_end(pidfd)
     close_default_client()
     machines = data_dir / "d" / "instances"
-    assert list(machines.glob("*/machines/*"))
+    assert list(machines.glob("*/*/machines/*"))
     with served(data_dir, *words) as daemon:
         assert Sandbox.list(host=daemon.url) == []
-        assert not list(machines.glob("*/machines/*"))
+        assert not list(machines.glob("*/*/machines/*"))
     close_default_client()
 
 

@@ -285,7 +285,7 @@ def test_a_broken_template_harms_nobody_else(portal: BlockingPortal, root: Path)
             with pytest.raises(TemplateFailed, match="'worse' is damaged"):
                 create(portal, engine, "worse")
             assert "damaged" in engine.describe("worse").problem
-            with pytest.raises(UnknownTemplate, match=r"'none'; known: default, bad, tiny"):
+            with pytest.raises(UnknownTemplate, match=r"'none'; there is: default, bad, tiny"):
                 create(portal, engine, "none")
             for name in ("default", "tiny"):
                 machine = create(portal, engine, name)

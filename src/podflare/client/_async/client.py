@@ -26,6 +26,7 @@ from podflare.errors import (
     Conflict,
     ConnectionLost,
     DaemonUnreachable,
+    NotBuilt,
     PodflareError,
     TooLarge,
 )
@@ -170,6 +171,7 @@ class AsyncClient(AsyncPtyCalls):
         self,
         template: str | None = None,
         *,
+        engine: str | None = None,
         timeout_seconds: int | None = None,
         idle_timeout_seconds: int | None = None,
         ram_mib: int | None = None,
@@ -182,6 +184,7 @@ class AsyncClient(AsyncPtyCalls):
         """The id of a new sandbox.  Arguments and errors as `create_sandbox_info`."""
         created = await self.create_sandbox_info(
             template,
+            engine=engine,
             timeout_seconds=timeout_seconds,
             idle_timeout_seconds=idle_timeout_seconds,
             ram_mib=ram_mib,
@@ -197,6 +200,7 @@ class AsyncClient(AsyncPtyCalls):
         self,
         template: str | None = None,
         *,
+        engine: str | None = None,
         timeout_seconds: int | None = None,
         idle_timeout_seconds: int | None = None,
         ram_mib: int | None = None,
@@ -208,12 +212,13 @@ class AsyncClient(AsyncPtyCalls):
     ) -> dict[str, Any]:
         """The daemon's whole answer to a create: effective values, `warnings` for what is not given.
 
-        Raises: UnknownTemplate, BadRequest, NotBuilt, EgressUnavailable, NoCapacity, QuotaExceeded,
-            IsolationIncomplete, ...
+        Raises: UnknownTemplate, BadRequest, NotBuilt (also if the daemon is too old to know `engine`),
+            EgressUnavailable, NoCapacity, QuotaExceeded, IsolationIncomplete, ...
         If cancelled or interrupted: the sandbox that may have come to be is closed.
         """
         options = {
             "template": template,
+            "engine": engine,
             "timeout_seconds": timeout_seconds,
             "idle_timeout_seconds": idle_timeout_seconds,
             "ram_mib": ram_mib,
@@ -226,12 +231,16 @@ class AsyncClient(AsyncPtyCalls):
         call = _calls.create(options, token_hex(16))
         connection = await self.connection(renew=True)
         try:
-            return await self._create(connection, call)
+            created = await self._create(connection, call)
         except (DaemonUnreachable, ConnectionLost):
             if not self._has_ended(connection):
                 raise
-        # The private daemon ended between two looks: nothing of it is left, so this is a first try on a new one.
-        return await self._create(await self.connection(renew=True), call)
+            # The private daemon ended between two looks: nothing of it is left, so this is a first try on a new one.
+            created = await self._create(await self.connection(renew=True), call)
+        if ignored := _calls.ignored(options, created):
+            await self.destroy_sandbox(created["id"])
+            raise NotBuilt(ignored)
+        return created
 
     async def _create(self, connection: AsyncConnection, call: _calls.Call) -> dict[str, Any]:
         try:

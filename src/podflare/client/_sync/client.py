@@ -27,6 +27,7 @@ from podflare.errors import (
     Conflict,
     ConnectionLost,
     DaemonUnreachable,
+    NotBuilt,
     PodflareError,
     TooLarge,
 )
@@ -171,6 +172,7 @@ class Client(PtyCalls):
         self,
         template: str | None = None,
         *,
+        engine: str | None = None,
         timeout_seconds: int | None = None,
         idle_timeout_seconds: int | None = None,
         ram_mib: int | None = None,
@@ -183,6 +185,7 @@ class Client(PtyCalls):
         """The id of a new sandbox.  Arguments and errors as `create_sandbox_info`."""
         created = self.create_sandbox_info(
             template,
+            engine=engine,
             timeout_seconds=timeout_seconds,
             idle_timeout_seconds=idle_timeout_seconds,
             ram_mib=ram_mib,
@@ -198,6 +201,7 @@ class Client(PtyCalls):
         self,
         template: str | None = None,
         *,
+        engine: str | None = None,
         timeout_seconds: int | None = None,
         idle_timeout_seconds: int | None = None,
         ram_mib: int | None = None,
@@ -209,12 +213,13 @@ class Client(PtyCalls):
     ) -> dict[str, Any]:
         """The daemon's whole answer to a create: effective values, `warnings` for what is not given.
 
-        Raises: UnknownTemplate, BadRequest, NotBuilt, EgressUnavailable, NoCapacity, QuotaExceeded,
-            IsolationIncomplete, ...
+        Raises: UnknownTemplate, BadRequest, NotBuilt (also if the daemon is too old to know `engine`),
+            EgressUnavailable, NoCapacity, QuotaExceeded, IsolationIncomplete, ...
         If interrupted (Ctrl-C): the sandbox that may have come to be is closed.
         """
         options = {
             "template": template,
+            "engine": engine,
             "timeout_seconds": timeout_seconds,
             "idle_timeout_seconds": idle_timeout_seconds,
             "ram_mib": ram_mib,
@@ -227,12 +232,16 @@ class Client(PtyCalls):
         call = _calls.create(options, token_hex(16))
         connection = self.connection(renew=True)
         try:
-            return self._create(connection, call)
+            created = self._create(connection, call)
         except (DaemonUnreachable, ConnectionLost):
             if not self._has_ended(connection):
                 raise
-        # The private daemon ended between two looks: nothing of it is left, so this is a first try on a new one.
-        return self._create(self.connection(renew=True), call)
+            # The private daemon ended between two looks: nothing of it is left, so this is a first try on a new one.
+            created = self._create(self.connection(renew=True), call)
+        if ignored := _calls.ignored(options, created):
+            self.destroy_sandbox(created["id"])
+            raise NotBuilt(ignored)
+        return created
 
     def _create(self, connection: Connection, call: _calls.Call) -> dict[str, Any]:
         try:

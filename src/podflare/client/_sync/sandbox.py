@@ -46,6 +46,7 @@ class Sandbox:
         self,
         *,
         template: str | None = None,
+        engine: str | None = None,
         region: str | None = None,
         host: str | None = None,
         client: Client | None = None,
@@ -64,6 +65,7 @@ class Sandbox:
 
         Args:
             template: what it starts from; None means the daemon's default.
+            engine: what makes it, "process" or "microvm"; None means the daemon's default.
             region: a name in PODFLARE_REGIONS; stronger than `host`.
             host: the daemon's address; None means the environment's, else a private daemon of this process.
             client: the client to use instead of one of its own; stronger than region, host and credentials.
@@ -86,6 +88,7 @@ class Sandbox:
         self._where = {"host": host, "region": region, "traceparent": traceparent, "api_key": api_key}
         self._options: dict[str, Any] = {
             "template": template,
+            "engine": engine,
             "timeout_seconds": timeout_seconds,
             "idle_timeout_seconds": idle_timeout_seconds,
             "ram_mib": ram_mib,

@@ -71,7 +71,9 @@ class Zygotes:
                 return self._store.read(name)
         except UnknownTemplate:
             pass  # said below, with what there is
-        raise UnknownTemplate(f"unknown template {name!r:.80}; known: {', '.join(self.names)}")
+        raise UnknownTemplate(
+            f"unknown template {name!r:.80}; there is: {', '.join(self.names)}; podflare template build makes others"
+        )
 
     # Zygotes.
 
