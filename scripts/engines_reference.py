@@ -18,9 +18,13 @@ PAGE = ROOT / "docs" / "engines.md"
 HEAD = """\
 # Engines
 
-Written by `make docs`; do not edit. `podflare serve --engine process` (the default) or `--engine microvm`
-([virtual machines](microvm.md)): SDK, HTTP API, code inside and the rules of cells are the same, and the tests marked
-`both_engines` run on each. What differs is below; `podflare doctor` says what of it this computer offers.
+Written by `make docs`; do not edit. `podflare serve --engine process` (the default), `--engine microvm`
+([virtual machines](microvm.md)) or both: SDK, HTTP API, code inside and the rules of cells are the same, and the tests
+marked `both_engines` run on each. What differs is below; `podflare doctor` says what of it this computer offers.
+
+With `podflare serve --engine process --engine microvm` the first one is the default, and `Sandbox(engine="microvm")` or
+`podflare run --engine microvm` chooses. If one of them cannot work here, the daemon does not start. Forks stay with
+their parent's engine; sandboxes of two engines cannot be compared or merged.
 """
 WALLS = """\
 Walls are explained in the [security model](security-model.md). In the column of `microvm` a wall that is not the

@@ -89,7 +89,7 @@ def text(cell: list[dict[str, Any]], kind: str = "stdout") -> str:
 
 
 @asynccontextmanager
-async def running(data_dir: Path, engine: Engine, *others: Engine, **settings: Any) -> AsyncIterator[Host]:
+async def running(data_dir: Path, engine: Engine | Engines, *others: Engine, **settings: Any) -> AsyncIterator[Host]:
     settings = {"uds": str(data_dir / "s"), "pool_size": 0, "data_dir": data_dir / "data", **settings}
     config = Config(**settings)
     sock = listen(config)
@@ -97,7 +97,7 @@ async def running(data_dir: Path, engine: Engine, *others: Engine, **settings: A
     instance = open_instance(config.data_dir, lambda directory, name: None)
     stop = anyio.Event()
     try:
-        engines = Engines(engine, *others)
+        engines = engine if isinstance(engine, Engines) else Engines(engine, *others)
         await engines.start()
         base = "http://podflare" if config.uds else f"http://127.0.0.1:{address[1]}"
         transport = httpx.AsyncHTTPTransport(uds=config.uds)

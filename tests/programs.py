@@ -16,9 +16,11 @@ class Cli:
         self.address = address
         self.environment = {**os.environ, "PODFLARE_HOSTD_URL": address, "PYTHONWARNINGS": "error"}
 
-    def __call__(self, *words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    def __call__(self, *words: str, stdin: str = "", path: str = "") -> subprocess.CompletedProcess[str]:
+        """Args: path: where it finds programs; empty: where this process does."""
+        environment = {**self.environment, "PATH": path} if path else self.environment
         return subprocess.run(
-            [*PROGRAM, *words], input=stdin, env=self.environment, capture_output=True, text=True, timeout=60
+            [*PROGRAM, *words], input=stdin, env=environment, capture_output=True, text=True, timeout=60
         )
 
     def start(self, *words: str) -> subprocess.Popen[str]:

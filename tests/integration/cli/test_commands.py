@@ -87,6 +87,25 @@ def test_serve_refuses_to_be_open_to_everybody(cli: Cli) -> None:
     assert done.returncode == 1 and "PODFLARE_API_KEYS" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_serve_does_not_start_with_a_part_of_its_engines(cli: Cli, data_dir: Path) -> None:
+    """If one of the engines that are named cannot work here there is no daemon, and the line says which and why."""
+    words = ("serve", "--port", "0", "--data-dir", f"{data_dir}/serve", "--pool-size", "0")
+    done = cli(*words, "--engine", "process,microvm", path="/nonexistent")
+    assert done.returncode == 1 and "the microvm engine cannot work here" in done.stderr
+    done = cli(*words, "--engine", "process", "--engine", "none")
+    assert done.returncode == 1 and "unknown engine 'none'; this version has: process, microvm" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_run_and_repl_name_the_engine(cli: Cli) -> None:
+    """`--engine` says what makes the sandbox; one that the daemon does not offer is told in one line."""
+    done = cli("run", "--engine", "process", "-c", "print(6 * 7)")
+    assert (done.returncode, done.stdout) == (0, "42\n")
+    for words in (("run", "-c", "1"), ("repl",)):
+        done = cli(*words, "--engine", "microvm")
+        assert done.returncode == 1 and "unknown engine 'microvm'; this daemon offers: process" in done.stderr
+
+
 def test_repl_in_a_pipe_keeps_state_and_prints_values(cli: Cli) -> None:
     """Cells from a pipe share one Python; values are shown, bash works, errors do not end it."""
     cells = "x = 20\nfor n in range(2):\n    print(n)\n\nx + 22\n1 / 0\n!echo from bash\nx\n"

@@ -30,6 +30,31 @@ from podflare.client import _embedded
 
 pytestmark = pytest.mark.timeout(90)
 
+ENGINES = """
+import os
+from podflare import Sandbox, PodflareError
+
+def tell(**options):
+    try:
+        with Sandbox(**options) as sandbox:
+            print(sandbox.info().engine)
+    except PodflareError as error:
+        print(type(error).__name__, error)
+
+tell()
+tell(engine="microvm")
+os.environ["PATH"] = "/nonexistent"
+import podflare; podflare.close_default_client()
+tell(engine="microvm")
+tell(engine="process")
+os.environ["PODFLARE_ENGINE"] = "process"
+podflare.close_default_client()
+tell(engine="microvm")
+os.environ["PODFLARE_ENGINE"] = "microvm"
+podflare.close_default_client()
+tell()
+"""
+
 PROGRAM = """
 import os, sys
 from podflare import Sandbox
@@ -380,3 +405,19 @@ def test_use_after_the_end_starts_anew() -> None:
     sandbox.close()
     with Sandbox() as fresh:
         assert fresh.run_code("print(1)").ok
+
+
+def test_the_engine_that_a_sandbox_names(private_temp: Path) -> None:
+    """The private daemon starts an engine when a sandbox names it and says what is missing; a variable narrows it."""
+    environment = {**os.environ, "XDG_DATA_HOME": str(private_temp / "cache" / "no-images")}
+    with program(ENGINES, env=environment) as process:
+        out, err = process.communicate(timeout=80)
+    lines = out.splitlines()
+    assert len(lines) >= 6, err
+    plain, no_image, no_programs, still, refused, failed = lines[:6]
+    assert (plain, still) == ("process", "process")
+    # The first one of a computer without virtual machines.
+    assert "podflare image build" in no_image or "the microvm engine cannot work here" in no_image
+    assert no_programs.startswith("IsolationIncomplete") and "the microvm engine cannot work here" in no_programs
+    assert "unknown engine 'microvm'; this daemon offers: process" in refused
+    assert failed.startswith("DaemonStartFailed") and "the microvm engine cannot work here" in out

@@ -21,7 +21,7 @@ from podflare import Sandbox, close_default_client
 from podflare.engines.base import EngineOptions
 from podflare.engines.microvm.engine import MicrovmEngine
 from podflare.engines.microvm.image.store import Image, ImageStore
-from podflare.errors import BadRequest, MachineFailed
+from podflare.errors import BadRequest, Conflict, MachineFailed
 from podflare.wire import frames
 from podflare.wire.messages import Ack, DataEnd, FileDone, FileWrite, from_guest, to_payload
 
@@ -212,11 +212,15 @@ def test_a_snapshot_outlives_its_engine(
 
 
 def test_the_daemons_end_is_its_machines_end(data_dir: Path, image: Image) -> None:
-    """When the daemon is killed its hypervisors end with it, and the next one clears what they left."""
-    words = ("--engine", "microvm", "--image-dir", str(image.directory.parent.parent))
+    """When a daemon of two engines is killed the machines of both end with it, and the next clears what they left."""
+    words = ("--engine", "microvm", "--engine", "process", "--image-dir", str(image.directory.parent.parent))
     with pytest.raises(AssertionError), served(data_dir, *words) as daemon:
         vms.boot_over_http(daemon.url)
-        Sandbox(host=daemon.url).run_code("1")
+        machine, branch = Sandbox(host=daemon.url), Sandbox(host=daemon.url, engine="process")
+        assert [one.info().engine for one in (machine, branch)] == ["microvm", "process"]
+        assert [one.run_code("print(1)").stdout for one in (machine, branch)] == ["1", "1"]
+        with pytest.raises(Conflict, match="engine"):
+            machine.diff(branch)
         children = Path(f"/proc/{daemon.pid}/task/{daemon.pid}/children").read_text().split()
         watched = [os.pidfd_open(int(pid)) for pid in children]
         os.kill(daemon.pid, signal.SIGKILL)
@@ -224,11 +228,19 @@ def test_the_daemons_end_is_its_machines_end(data_dir: Path, image: Image) -> No
             wait_for_end(pidfd)
     close_default_client()
     machines = data_dir / "d" / "instances"
-    assert list(machines.glob("*/*/machines/*"))
-    with served(data_dir, *words) as daemon:
+    assert {path.parent.parent.name for path in machines.glob("*/*/machines/*")} == {"microvm", "process"}
+    with served(data_dir, "--engine", "process") as daemon:  # who reaps need not be of the same engines
         assert Sandbox.list(host=daemon.url) == []
+        wait_until(lambda: len(list(machines.iterdir())) == 1)
         assert not list(machines.glob("*/*/machines/*"))
     close_default_client()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)  # a condition that has no event
 
 
 def wait_for_end(pidfd: int) -> None:

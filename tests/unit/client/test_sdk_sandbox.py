@@ -161,6 +161,17 @@ def test_create_is_repeated_once_with_its_key(daemon: ScriptedDaemon, client: Cl
     assert len(keys) == 2 and keys[0] == keys[1]
 
 
+def test_an_engine_that_an_old_daemon_does_not_heed(daemon: ScriptedDaemon, client: Client) -> None:
+    """A sandbox of another engine than was asked for is closed at once, and the caller told."""
+    daemon.answer("POST", "/v1/sandboxes", 200, json={"id": SANDBOX_ID, "engine": "process"})
+    with pytest.raises(NotBuilt, match="older version"):
+        Sandbox(client=client, engine="microvm")
+    assert daemon.calls[-1] == f"DELETE /v1/sandboxes/{SANDBOX_ID}"
+    with Sandbox(client=client, engine="process") as sandbox:
+        assert json.loads(daemon.requests[-1].content) == {"engine": "process"}
+        assert sandbox.id == SANDBOX_ID
+
+
 def test_each_create_has_its_own_key(daemon: ScriptedDaemon, client: Client) -> None:
     """Two sandboxes are two creates."""
     Sandbox(client=client), Sandbox(client=client)

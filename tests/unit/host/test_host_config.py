@@ -128,6 +128,21 @@ def test_start_rule(settings, outcome):
         assert bool(check_start(config)) == (outcome == "warned")
 
 
+def test_engines():
+    """Options and variable name engines in order, once each; only a private daemon whose variable is unset has more."""
+    assert Config.from_environment({}).engines == ("process",)
+    named = Config.from_environment({"PODFLARE_ENGINE": "b, a,b"})
+    assert (named.engines, named.engines_on_request) == (("b", "a"), False)
+    assert Config.from_environment({"PODFLARE_ENGINE": "x"}, engines=["a", "b,c"]).engines == ("a", "b", "c")
+    private = Config.from_environment({}, embedded=True)
+    assert (private.engines, private.engines_on_request) == (("process",), True)
+    named = Config.from_environment({"PODFLARE_ENGINE": "a"}, embedded=True)
+    assert (named.engines, named.engines_on_request) == (("a",), False)
+    for wrong in ({"PODFLARE_ENGINE": ","}, {}):
+        with pytest.raises(BadRequest, match="no engine"):
+            Config.from_environment(wrong, engines=None if wrong else [""])
+
+
 def test_addresses():
     """host:port in all its spellings."""
     assert split_address("127.0.0.1:7070") == ("127.0.0.1", 7070)
