@@ -125,6 +125,7 @@ class ScriptedEngine:
 
     name = "scripted"
     templates: tuple[str, ...] = ("default",)
+    how = ""
     pool_size = 4
     rehearsal = ""
 
