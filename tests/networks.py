@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import vms
 import worlds
 from daemons import ServedDaemon, served
 from podflare import Sandbox, Secret, close_default_client
@@ -41,25 +42,41 @@ class Networked:
 
 
 @pytest.fixture(scope="module")
-def networked(private_temp: Path) -> Iterator[Networked]:
+def networked(request: pytest.FixtureRequest, engine_name: str, private_temp: Path) -> Iterator[Networked]:
     """One daemon for this file, its gate running; it may be asked for private networks."""
+    images = request.getfixturevalue("image").directory.parent.parent if engine_name == "microvm" else None
     folder = Path(tempfile.mkdtemp(prefix="w", dir=private_temp))
     folder.chmod(0o711)
-    with worlds.world(folder) as world, serving(world, folder) as networked:
+    with worlds.world(folder) as world, serving(world, folder, images) as networked:
         yield networked
 
 
 @contextmanager
-def serving(world: worlds.World, folder: Path) -> Iterator[Networked]:
-    """A daemon in the middle of the world."""
+def serving(world: worlds.World, folder: Path, images: Path | None = None) -> Iterator[Networked]:
+    """A daemon in the middle of the world.  Args: images: those of the virtual machines that it makes."""
     env = {"PODFLARE_EGRESS_CA": str(world.ca_file), "PODFLARE_EGRESS_PRIVATE": "10.77.0.0/16"}
-    with served(folder, env=env, gate=True, enter=world.enter) as daemon:
+    words = ("--engine", "microvm", "--image-dir", str(images)) if images is not None else ()
+    with served(folder, *words, env=env, gate=images is None, enter=world.enter) as daemon:
+        if images is not None:
+            for egress in (False, True):
+                vms.boot_over_http(daemon.url, egress=egress)
+            close_default_client()
         yield Networked(world, daemon, folder)
+
+
+def gate_of(daemon: int) -> int:
+    """Pid of the daemon's gate; 0 if it has none now."""
+    for path in Path(f"/proc/{daemon}/task/{daemon}").glob("children"):
+        for pid in path.read_text().split():
+            if b"podflare.egress.gate" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return int(pid)
+    return 0
 
 
 TOOLS = """
 import contextlib, json, os, socket, ssl, struct, threading, time, urllib.error, urllib.request
 PROXY = ("198.18.0.1", 3128)
+CONTEXTS = {}
 
 def attempt(act):
     "What came of it, and whether it took more than a moment."
@@ -91,8 +108,10 @@ def proxied(first_line):
 
 def fetch(url, headers={}, data=None, direct=False, cafile=None):
     def act():
-        context = ssl.create_default_context(cafile=cafile)
-        handlers = [urllib.request.HTTPSHandler(context=context)]
+        handlers = []
+        if url.startswith("https"):  # reading all authorities is long where instructions are translated
+            if cafile not in CONTEXTS: CONTEXTS[cafile] = ssl.create_default_context(cafile=cafile)
+            handlers.append(urllib.request.HTTPSHandler(context=CONTEXTS[cafile]))
         if direct: handlers.append(urllib.request.ProxyHandler({}))
         opener = urllib.request.build_opener(*handlers)
         try:

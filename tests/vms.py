@@ -75,12 +75,15 @@ async def boot(engine: Engine) -> None:
     await machine.aclose()
 
 
-def boot_over_http(url: str) -> None:
-    """The same of a daemon, whose creates wait less long than a boot may take."""
+def boot_over_http(url: str, *, egress: bool = False) -> None:
+    """The same of a daemon, whose creates wait less long than a boot may take.
+
+    Args: egress: machines with a network, which are booted apart.
+    """
     deadline = time.monotonic() + BOOT_TIMEOUT_S
     while True:
         try:
-            with Sandbox(host=url):
+            with Sandbox(host=url, egress=egress):
                 return
         except DeadlineExceeded:
             assert time.monotonic() < deadline

@@ -13,6 +13,7 @@ import ssl
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -26,7 +27,7 @@ from podflare.egress.courses import Surroundings
 from podflare.egress.dial import Dialler
 from podflare.egress.journal import Journal
 from podflare.egress.names import NameTable
-from podflare.egress.outlet import Capacity, Outlet
+from podflare.egress.outlet import Capacity, Ends, Outlet
 from podflare.egress.policy import Policy, SecretSpec
 from podflare.egress.questions import Questions
 from podflare.egress.resolver import Resolver
@@ -125,9 +126,10 @@ class Gate:
         around = Surroundings(policy, family.names, family.secrets, self._dialler, journal, self._tls)
         questions = Questions(policy, family.names, family.secrets, self._resolver, journal)
         outlet = Outlet(around, questions, family.authority, self._capacity)
-        tun, listener, memory = fds
+        memory, *ends = fds
         fds[:] = [memory]  # the others are the outlet's from here on
-        await group.start(outlet.run, tun, listener, memory, bool(body["again"]))
+        run = partial(outlet.run, Ends(*ends), memory, again=bool(body["again"]), lost=bool(body["lost"]))
+        await group.start(run)
         self._outlets[key] = outlet, family
 
 

@@ -1,6 +1,6 @@
 """The daemon's side of the gate: starts it, tells it about machines, starts it again if it died.
 
-Knows machines only by a key and two descriptors.  Keeps what a new gate needs, secrets and keys included, in memory.
+Knows machines only by a key and some descriptors.  Keeps what a new gate needs, secrets and keys included, in memory.
 """
 
 from __future__ import annotations
@@ -93,7 +93,20 @@ class _Family:
 class _Machine:
     family: _Family
     fds: list[int] = field(default_factory=list)
-    """tun, listener and the memory of open connections; empty before the attachment."""
+    """Memory of open connections, tun, listener and, of a virtual machine, frames; empty before the attachment."""
+    inherited: bool = False
+    """Its memory names connections that were its parent's when it was copied: nobody carries them."""
+
+    def take(self, tun: int, listener: int, frames: int | None) -> None:
+        """Duplicate its descriptors."""
+        self.fds = [os.memfd_create("podflare-connections")]
+        self.fds += [os.dup(fd) for fd in (tun, listener, frames) if fd is not None]
+
+    def inherit(self, parent: _Machine) -> None:
+        """Take over which connections the parent has open."""
+        memory = parent.fds[0]
+        os.pwrite(self.fds[0], os.pread(memory, os.fstat(memory).st_size, 0), 0)
+        self.inherited = True
 
     def close(self) -> None:
         while self.fds:
@@ -148,22 +161,26 @@ class GateKeeper:
             machine.family = _Family(key, policy, dict(secrets), placeholders, ca_pem, ca_key)
         return Attached(machine.family.ca_pem or None, dict(placeholders))
 
-    async def attach(self, key: str, tun_fd: int, listener_fd: int) -> None:
+    async def attach(self, key: str, tun_fd: int, listener_fd: int, frames_fd: int | None = None) -> None:
         """Give the prepared machine `key` its network.  The descriptors are duplicated.
 
+        Args: frames_fd: of a virtual machine's interface, each packet a frame; its tun leads to its listener alone.
         Raises: EgressUnavailable if the gate does not start; DeadlineExceeded if it does not answer; MachineFailed.
             Then, and if cancelled, the key is prepared as before.
         """
         machine = self._machines.get(key)
         if machine is None or machine.fds:
             raise MachineFailed(f"the network {key} was not prepared, or has a machine already")
-        machine.fds = [os.dup(tun_fd), os.dup(listener_fd), os.memfd_create("podflare-connections")]
+        machine.take(tun_fd, listener_fd, frames_fd)
+        await self._introduce(key, machine)
+
+    async def _introduce(self, key: str, machine: _Machine) -> None:
         try:
             while True:
                 if await self._ensure():
                     return  # a gate that has just started was told about every machine
                 try:
-                    await self._order(self._attachment(key, machine), machine.fds)
+                    await self._attach(key, machine, again=False)
                     return
                 except ConnectionError:
                     continue  # died meanwhile; a gate that cannot be started at all ends this
@@ -171,17 +188,21 @@ class GateKeeper:
             machine.close()
             raise
 
-    async def branch(self, key: str, like: str, tun_fd: int, listener_fd: int) -> None:
+    async def branch(self, key: str, like: str, tun_fd: int, listener_fd: int, frames_fd: int | None = None) -> None:
         """Give a fork of the machine `like` its network: same policy, secrets, placeholders, authority and names.
 
+        A virtual machine's fork has its parent's connections in its kernel; they end, for nobody is at their other end.
         Raises: as `attach`; then, and if cancelled, nothing of `key` is kept.  `like` must not be detached yet.
         """
         source = self._machines.get(like)
         if source is None or key in self._machines:
             raise MachineFailed(f"the network {like} has ended, or {key} exists already")
-        self._machines[key] = _Machine(source.family)
+        self._machines[key] = machine = _Machine(source.family)
         try:
-            await self.attach(key, tun_fd, listener_fd)
+            machine.take(tun_fd, listener_fd, frames_fd)
+            if frames_fd is not None and source.fds:
+                machine.inherit(source)
+            await self._introduce(key, machine)
         except BaseException:
             self._machines.pop(key, None)
             raise
@@ -268,7 +289,7 @@ class GateKeeper:
                 await self._order(start)
                 for key, machine in list(self._machines.items()):
                     if machine.fds:
-                        await self._order({**self._attachment(key, machine), "again": self._deaths > 0}, machine.fds)
+                        await self._attach(key, machine, again=self._deaths > 0)
             except BaseException as error:
                 self._drop_gate()
                 self._deaths += 1
@@ -288,8 +309,11 @@ class GateKeeper:
             except (EgressUnavailable, MachineFailed, DeadlineExceeded, OSError) as error:
                 _log.error("the gate does not start again: %s", error)
 
-    def _attachment(self, key: str, machine: _Machine) -> dict[str, Any]:
-        return {"op": "attach", "key": key, "family": machine.family.to_json(), "again": False}
+    async def _attach(self, key: str, machine: _Machine, *, again: bool) -> None:
+        lost = again or machine.inherited
+        body = {"op": "attach", "key": key, "family": machine.family.to_json(), "again": again, "lost": lost}
+        await self._order(body, machine.fds)
+        machine.inherited = False
 
     async def _order(self, body: dict[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
         """Raises: ConnectionError if the gate dies first; MachineFailed if it refuses; DeadlineExceeded."""

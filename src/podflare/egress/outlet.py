@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Awaitable, Callable
 from ipaddress import IPv4Address
+from typing import NamedTuple
 
 import anyio
 from anyio.abc import TaskGroup, TaskStatus
@@ -43,6 +44,14 @@ class Capacity:
         self.free = most
 
 
+class Ends(NamedTuple):
+    """Descriptors of one machine's network; see engines.base.UplinkEnds."""
+
+    tun: int
+    listener: int
+    frames: int | None = None
+
+
 class Outlet:
     """One machine's network.  `run` is its life; `close` may come at any time."""
 
@@ -60,18 +69,22 @@ class Outlet:
         self._reflector: Reflector | None = None
         self.journal = around.journal
 
-    async def run(self, tun: int, listener: int, memory: int, again: bool, *, task_status: TaskStatus[None]) -> None:
-        """Serve until `close`.  Owns tun and listener; `memory` stays the caller's until the status is reported.
+    async def run(self, ends: Ends, memory: int, *, again: bool, lost: bool, task_status: TaskStatus[None]) -> None:
+        """Serve until `close`.  Owns the ends; `memory` stays the caller's until the status is reported.
 
+        Args:
+            again: a gate before this one served the machine.
+            lost: it has connections, those of `memory`, that nobody carries any more.
         Raises: OSError if the descriptors are not what they should be.
         """
-        inside = socket.socket(fileno=listener)
+        inside = socket.socket(fileno=ends.listener)
         try:
             self._flows = Flows(inside.getsockname()[1], memory)
-            self._reflector = Reflector(tun, inside, self._flows, self)
+            self._reflector = Reflector(ends.tun, inside, ends.frames, self._flows, self)
             async with anyio.create_task_group() as self._group:
-                if again:
+                if lost:
                     self._reflector.end_lost()
+                if again:
                     self.journal.note("gate", FAILED, "the gate was started anew: connections and log are lost")
                 task_status.started()
                 await anyio.sleep_forever()
@@ -80,7 +93,9 @@ class Outlet:
                 self._reflector.close()
             else:
                 inside.close()
-                os.close(tun)
+                for fd in (ends.tun, ends.frames):
+                    if fd is not None:
+                        os.close(fd)
             if self._flows is not None:
                 self._flows.close()
 

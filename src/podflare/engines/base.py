@@ -189,6 +189,9 @@ class UplinkEnds:
     """Each read is an IP packet that the machine sends, each write one that it receives."""
     listener: int
     """Listening TCP socket in the machine's network namespace, on the machine's address and a port of its own."""
+    frames: int | None = None
+    """Of a machine with a kernel of its own: a SOCK_SEQPACKET socket, each packet of which is an Ethernet frame that
+    its interface sends or receives.  Then `packets` leads to a namespace with nothing but the listener in it."""
 
 
 class Machine(Protocol):

@@ -2,7 +2,8 @@
 
 Modes: `agent FD [LINE]` serves a host over the inherited socket FD as an ordinary process, without any isolation, LINE
 being a socket to its supervisor (guest.supervision);
-`zygote ...` is the process engine's (guest.process.zygote); `vm` is process 1 of a virtual machine (guest.vm.init).
+`zygote ...` is the process engine's (guest.process.zygote); `vm` is process 1 of a virtual machine (guest.vm.init);
+`landing FD` is the host's part of a virtual machine's network (guest.landing).
 """
 
 from __future__ import annotations
@@ -31,7 +32,11 @@ def main(argv: List[str]) -> NoReturn:
         from podflare.guest.vm import init  # each mode pays for its own imports only
 
         init.main()
-    sys.stderr.write("usage: python -I -S BUNDLE (agent FD [LINE] | zygote ... | vm)\n")
+    if len(argv) == 2 and argv[0] == "landing" and argv[1].isdigit():
+        from podflare.guest import landing  # each mode pays for its own imports only
+
+        landing.main(int(argv[1]))
+    sys.stderr.write("usage: python -I -S BUNDLE (agent FD [LINE] | zygote ... | vm | landing FD)\n")
     sys.exit(2)
 
 

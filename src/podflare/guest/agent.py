@@ -314,7 +314,9 @@ class Agent:
         elif isinstance(order, Mark):
             self._ask_interpreter(ForkComes(), lambda: line.answer("marked"))
         else:
-            self._ask_interpreter(Settle(reseed=order.reseed), lambda: self._settled(line))
+            os.environ.update(order.environment)
+            settle = Settle(reseed=order.reseed, environment=order.environment)
+            self._ask_interpreter(settle, lambda: self._settled(line))
 
     def _leave_host(self) -> None:
         """What was under way with it is over: it went away, or this machine is a copy of one that goes on with it."""

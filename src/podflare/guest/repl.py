@@ -196,6 +196,7 @@ class Repl:
                 self._variables.fork_comes()
                 self._link.send(frame.channel, Exit())
             elif isinstance(message, Settle):
+                os.environ.update(message.environment)
                 if message.reseed:
                     randomness.reseed()
                 self._link.send(frame.channel, Exit())

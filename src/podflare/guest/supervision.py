@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import os
 import socket
-from dataclasses import dataclass
-from typing import Optional
+from dataclasses import dataclass, field
+from typing import Dict, Optional
 
 from podflare.guest.link import Descriptor
 
-MAX_PACKET_BYTES = 4096
+MAX_PACKET_BYTES = 64 * 1024
 _MAX_FDS = 4
 
 
@@ -31,6 +31,8 @@ class Renew:
     reseed: bool
     token: bytes
     """Up to which the channel carries what was meant for the former machine; empty: it is a new one."""
+    environment: Dict[str, str] = field(default_factory=dict)
+    """Variables that all programs get from now on, besides those that they have."""
 
 
 class SupervisorLine:
@@ -59,7 +61,7 @@ class SupervisorLine:
         if "renew" in body and len(fds) == 1:
             renew = body["renew"]
             token = bytes.fromhex(renew.get("token", ""))
-            return Renew(Descriptor(fds[0]), bool(renew.get("reseed", True)), token)
+            return Renew(Descriptor(fds[0]), bool(renew.get("reseed", True)), token, renew.get("environment", {}))
         for fd in fds:
             os.close(fd)
         if "mark" in body:

@@ -57,7 +57,7 @@ class Outlet:
     async def attach(self, machine: Machine) -> None:
         """Open the way.  Raises: MachineFailed, DeadlineExceeded; then it stays shut."""
         ends = _ends(machine)
-        await self._keeper.attach(self.key, ends.packets, ends.listener)
+        await self._keeper.attach(self.key, ends.packets, ends.listener, ends.frames)
 
     async def branch(self, machine: Machine) -> Outlet:
         """The way out of a fork of this one's machine: to the same, with the same placeholders and the same names.
@@ -66,7 +66,7 @@ class Outlet:
         """
         made = Outlet(self._keeper, self.grant, self.uplink)
         ends = _ends(machine)
-        await self._keeper.branch(made.key, self.key, ends.packets, ends.listener)
+        await self._keeper.branch(made.key, self.key, ends.packets, ends.listener, ends.frames)
         return made
 
     async def log(self) -> EgressLog:

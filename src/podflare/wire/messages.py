@@ -21,6 +21,7 @@ MAX_TRACEBACK_CHARS = 512 * 1024
 MAX_RICH_CHARS = 12 * 1024 * 1024
 """Sum of one result's mime data; the guest leaves out the largest forms until it fits."""
 MAX_MIME_TYPES = 32
+MAX_VARIABLES = 256
 WINDOW_BYTES = 4 * 1024 * 1024
 """A file sender may have this many bytes under way that were not acknowledged."""
 
@@ -132,6 +133,8 @@ class Settle:
     op: ClassVar[str] = "settle"
     reseed: bool = True
     """Give the global random generators fresh state."""
+    environment: Dict[str, str] = field(default_factory=dict)
+    """Variables to set."""
 
 
 @dataclass(frozen=True)
@@ -344,7 +347,10 @@ _READERS: Dict[str, Callable[[Fields], Message]] = {
     "data_end": lambda read: DataEnd(),
     "cancel": lambda read: Cancel(),
     "fork_comes": lambda read: ForkComes(),
-    "settle": lambda read: Settle(reseed=read.flag("reseed", default=True)),
+    "settle": lambda read: Settle(
+        reseed=read.flag("reseed", default=True),
+        environment=read.text_map("environment", max_items=MAX_VARIABLES, max_chars=MAX_PATH_CHARS),
+    ),
     "ready": lambda read: Ready(
         protocol=read.integer("protocol", low=0, high=2**31), python=read.text("python", max_chars=64)
     ),

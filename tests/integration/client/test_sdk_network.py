@@ -13,21 +13,12 @@ import pip
 import pytest
 
 import worlds
-from networks import CALL_S, Networked, run, serving
+from networks import CALL_S, Networked, gate_of, run, serving
 from podflare import Sandbox, Secret
 from wheels import make_wheel
 
 WAIT_S = 30.0
 HELLO = "found['hello'] = fetch('http://api.example.com/hello')"
-
-
-def gate_of(daemon: int) -> int:
-    """Pid of the daemon's gate; 0 if it has none now."""
-    for path in Path(f"/proc/{daemon}/task/{daemon}").glob("children"):
-        for pid in path.read_text().split():
-            if b"podflare.egress.gate" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                return int(pid)
-    return 0
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,16 @@ def test_the_machine() -> None:
     assert value_after(command, "-smp") == ["2"]
 
 
+def test_a_network_interface_where_the_shape_has_one() -> None:
+    """Its frames go through an inherited descriptor, its firmware is left out, and it is another machine."""
+    fds = Descriptors(10, 11, 12, 13, 14, 15, 16, frames=18)
+    command = qemu_command("qemu", "tcg", Shape(1 << 30, 2, network=True), fds, SOURCE)
+    assert value_after(command, "-netdev") == ["dgram,id=network,local.type=fd,local.str=18"]
+    assert [word for word in command if word.startswith("virtio-net-pci,") and word.endswith(",romfile=")]
+    assert 18 in fds.all()
+    assert machine_key("7.2", "tcg", Shape(1 << 30, 2, network=True)) != machine_key("7.2", "tcg", SHAPE)
+
+
 def test_a_restored_machine_is_the_same_machine() -> None:
     """Going on from a saved VM differs in what is loaded alone: no kernel, device state from a descriptor, stopped."""
     booted = qemu_command("qemu", "kvm", SHAPE, FDS, SOURCE)

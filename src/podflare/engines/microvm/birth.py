@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from podflare.engines.base import EngineOptions, MachineSpec, Wall
 from podflare.engines.linux.cgroups import Cgroup, Cgroups
 from podflare.engines.linux.waiting import to_the_end
 from podflare.engines.microvm.clocks import tell_time
 from podflare.engines.microvm.confinement import Confinement
-from podflare.engines.microvm.control import renew
+from podflare.engines.microvm.control import NO_NETWORK, renew
 from podflare.engines.microvm.disks import copy_disk
+from podflare.engines.microvm.landing import Landing, make_bundle
 from podflare.engines.microvm.machine import MicrovmMachine, end, vmm_limits
 from podflare.engines.microvm.origins import Origin
 from podflare.engines.microvm.vmm import Drives, Vm, Vmm
@@ -28,6 +31,8 @@ class Nursery:
     """What every birth of one engine needs."""
 
     options: EngineOptions
+    folder: Path
+    """Of this daemon."""
     machines_dir: Path
     vmm: Vmm
     confinement: Confinement
@@ -35,19 +40,23 @@ class Nursery:
 
 
 async def bear(
-    nursery: Nursery, spec: MachineSpec, origin: Origin, *, reseed: bool, timeout_s: float
+    nursery: Nursery, spec: MachineSpec, origin: Origin, *, reseed: bool, timeout_s: float, forked: bool = False
 ) -> MicrovmMachine:
     """A machine that goes on from `origin`, with Ready unread.
 
-    Raises: MachineFailed, IsolationIncomplete, DeadlineExceeded, OSError.  Then nothing of it is left.
+    Args: forked: with a way out in `spec`, `origin` has been told of one like it already.
+    Raises: MachineFailed, IsolationIncomplete, EgressUnavailable, DeadlineExceeded, OSError.  Nothing of it is left.
     If cancelled: nothing of it is left.
     """
     machine_id = secrets.token_hex(8)
     directory = nursery.machines_dir / machine_id
     vm: Vm | None = None
     group: Cgroup | None = None
+    landing: Landing | None = None
     try:
         directory.mkdir(mode=0o700)
+        if spec.uplink is not None:
+            landing = Landing(await asyncio.get_running_loop().run_in_executor(None, make_bundle, nursery.folder))
         disk = directory / "disk"
         await asyncio.get_running_loop().run_in_executor(None, copy_disk, origin.disk, disk)
         vm = await nursery.vmm.restore(directory, origin.shape, origin.saved, Drives(origin.root, disk))
@@ -55,20 +64,29 @@ async def bear(
             limits = vmm_limits(spec.limits, origin.shape)
             group = nursery.cgroups.create(nursery.options.instance, machine_id, limits)
             group.move(vm.pid)
-        machine = MicrovmMachine(machine_id, spec, vm, origin, directory, group)
+        machine = MicrovmMachine(machine_id, spec, vm, origin, directory, group, landing)
+        await machine.open_uplink()
         machine.walls = walls_of(nursery, vm)
         await vm.resume()
-        await renew(vm, machine.control, hostname=spec.hostname, reseed=reseed, timeout_s=timeout_s)
+        network = network_order(spec, forked=forked)
+        await renew(vm, machine.control, hostname=spec.hostname, reseed=reseed, network=network, timeout_s=timeout_s)
         await machine.limit_inside(spec.limits)
         await tell_time(machine.control)  # the first orders may have been under way for long
         return machine
     except MachineFailed as exc:
         last = vm.console.last_line if vm is not None else ""
-        await to_the_end(end(vm, group, directory))
+        await to_the_end(end(vm, group, directory, landing))
         raise MachineFailed(f"{exc}; the last line of its console: {last!r}") from exc
     except BaseException:
-        await to_the_end(end(vm, group, directory))
+        await to_the_end(end(vm, group, directory, landing))
         raise
+
+
+def network_order(spec: MachineSpec, *, forked: bool) -> Mapping[str, Any]:
+    """What a restored VM is told of its network (guest/vm/network.py)."""
+    if spec.uplink is None:
+        return NO_NETWORK
+    return {"is": "kept"} if forked else {"is": "new", "uplink": asdict(spec.uplink)}
 
 
 def walls_of(nursery: Nursery, vm: Vm) -> tuple[Wall, ...]:

@@ -27,6 +27,7 @@ MAX_STALE_BYTES = 16 * 1024 * 1024
 """What a restored VM may still send of its former conversation."""
 _READ_BYTES = 256 * 1024
 _SEED_BYTES = 64
+NO_NETWORK: Mapping[str, Any] = {"is": "none"}
 
 
 class Control:
@@ -86,9 +87,18 @@ def _decode(line: bytes) -> dict[str, Any]:
     return body
 
 
-async def renew(vm: Vm, control: Control, *, hostname: str, reseed: bool, timeout_s: float) -> None:
+async def renew(
+    vm: Vm,
+    control: Control,
+    *,
+    hostname: str,
+    reseed: bool,
+    timeout_s: float,
+    network: Mapping[str, Any] = NO_NETWORK,
+) -> None:
     """Make a restored VM another one than that which was saved, and its channel a new one.
 
+    Args: network: what it has of a network, as guest/vm/network.py wants it.
     Clock, entropy, names; the bytes that were under way between guest and host at the moment it was saved are dropped
     on both sides up to a token that nobody else knows.  Afterwards Ready is unread on the channel.
     Raises: MachineFailed; DeadlineExceeded.
@@ -101,6 +111,7 @@ async def renew(vm: Vm, control: Control, *, hostname: str, reseed: bool, timeou
         "machine_id": secrets.token_hex(16),
         "token": token.hex(),
         "reseed": reseed,
+        "network": network,
     }
     ends_s = time.monotonic() + timeout_s
     await control.ask({"restored": order}, timeout_s=timeout_s)

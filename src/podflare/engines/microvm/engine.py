@@ -24,7 +24,7 @@ from podflare.engines.microvm.fork import fork_machine, save
 from podflare.engines.microvm.images import Images
 from podflare.engines.microvm.machine import MicrovmMachine
 from podflare.engines.microvm.origins import Origins
-from podflare.engines.microvm.probe import NO_UPLINK, Found
+from podflare.engines.microvm.probe import Found
 from podflare.engines.microvm.saved import SavedMachines
 from podflare.engines.microvm.vmm import Shape
 from podflare.errors import (
@@ -47,7 +47,7 @@ _GIB = 1 << 30
 Made = TypeVar("Made")
 
 
-def shape_of(limits: Limits, *, cpus: int) -> Shape:
+def shape_of(limits: Limits, *, cpus: int, network: bool = False) -> Shape:
     """The VM for a machine with these limits; few different ones, for each has to be booted once.
 
     Args: cpus: of a machine without a limit.
@@ -55,7 +55,7 @@ def shape_of(limits: Limits, *, cpus: int) -> Shape:
     memory = LEAST_BYTES
     while memory < limits.memory_bytes:
         memory *= 2
-    return Shape(memory + OWN_BYTES, cpus if limits.cpus is None else max(1, -int(-limits.cpus // 1)))
+    return Shape(memory + OWN_BYTES, cpus if limits.cpus is None else max(1, -int(-limits.cpus // 1)), network)
 
 
 def disk_bytes_of(limits: Limits) -> int:
@@ -73,7 +73,8 @@ class MicrovmEngine:
         "processes cross": "threads, processes, sockets, terminals, timers",
         "generations": "without end",
         "diff": "all files below the paths are listed inside; those of the image are not read",
-        "snapshot": "kept on disk, restored any number of times, by later daemons too",
+        "snapshot": "kept on disk, restored any number of times, by later daemons too; with no network",
+        "network": "egress with rules, secrets and a log",
         "templates": "images built from the distribution's packages and wheels",
     }
     pool_size = 2
@@ -108,9 +109,7 @@ class MicrovmEngine:
         return self._images.describe(template)
 
     async def probe(self) -> EngineReport:
-        return await asyncio.get_running_loop().run_in_executor(
-            None, probe.report, self._images, self._options.vmm, self._options.firecracker
-        )
+        return await probe.report(self._images, self._options.vmm, self._options.firecracker)
 
     async def start(self) -> None:
         found = await asyncio.get_running_loop().run_in_executor(None, self._find)
@@ -124,7 +123,7 @@ class MicrovmEngine:
         self._machine_key = found.machine_key
         self._origins = Origins(found.vmm, found.machine_key, self._data)
         self._clocks = asyncio.get_running_loop().create_task(keep_clocks(lambda: self._machines))
-        self._nursery = Nursery(self._options, machines_dir, found.vmm, found.confinement, cgroups.detect())
+        self._nursery = Nursery(self._options, self._data, machines_dir, found.vmm, found.confinement, cgroups.detect())
 
     def _ready(self) -> tuple[Nursery, Origins]:
         if self._nursery is None or self._origins is None:
@@ -140,8 +139,8 @@ class MicrovmEngine:
         return same and other.memory_bytes <= one.memory_bytes
 
     async def create(self, spec: MachineSpec, *, timeout_s: float) -> MicrovmMachine:
-        if spec.uplink is not None:
-            raise EgressUnavailable(NO_UPLINK)
+        if spec.uplink is not None and (why := self._ready()[0].vmm.no_network):
+            raise EgressUnavailable(why)
         [machine] = await self._make(self._bear(spec, timeout_s), timeout_s, "a new virtual machine")
         return machine
 
@@ -168,7 +167,7 @@ class MicrovmEngine:
     async def _bear(self, spec: MachineSpec, timeout_s: float) -> tuple[MicrovmMachine, ...]:
         nursery, origins = self._ready()
         image = await asyncio.get_running_loop().run_in_executor(None, self._images.take, spec.template)
-        shape = shape_of(spec.limits, cpus=self._cpus)
+        shape = shape_of(spec.limits, cpus=self._cpus, network=spec.uplink is not None)
         booting = asyncio.get_running_loop().create_task(origins.get(image, shape, disk_bytes_of(spec.limits)))
         self._booting.add(booting)
         booting.add_done_callback(self._booted)

@@ -93,6 +93,7 @@ class Firecracker:
     name = "firecracker"
     accelerator: Accelerator = "kvm"
     kernel_kind: Literal["bzImage", "vmlinux"] = "vmlinux"
+    no_network = "virtual machines of Firecracker have no network yet; those of QEMU can"
 
     def __init__(self, programs: Programs, confinement: Confinement, rate: DiskRate | None = None) -> None:
         self._programs, self._confinement = programs, confinement
@@ -188,6 +189,8 @@ def _drives(drives: Drives) -> dict[str, Path]:
 class FirecrackerVm:
     """See vmm.Vm.  A capture ends the guest's connections, also those of the VM that goes on: what is under way in
     them at that moment is lost (vsock.py)."""
+
+    frames: socket.socket | None = None
 
     def __init__(self, process: subprocess.Popen[bytes], root: Path, base: int, console: Console) -> None:
         self.pid = process.pid

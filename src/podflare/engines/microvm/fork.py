@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
 
-from podflare.engines.base import MachineSpec
 from podflare.engines.linux.ending import remove_tree
 from podflare.engines.linux.waiting import to_the_end
 from podflare.engines.microvm.birth import Nursery, bear
@@ -43,10 +43,11 @@ async def fork_machine(
     failures: list[Exception] = []
 
     async def bear_one(scope: anyio.CancelScope) -> None:
-        spec = MachineSpec(parent.spec.template, parent.spec.limits, f"fork-{secrets.token_hex(4)}")
+        spec = replace(parent.spec, hostname=f"fork-{secrets.token_hex(4)}")
         try:
             async with room:
-                children.append(await bear(nursery, spec, origin, reseed=reseed, timeout_s=timeout_s))
+                child = await bear(nursery, spec, origin, reseed=reseed, timeout_s=timeout_s, forked=True)
+                children.append(child)
         except Exception as exc:  # noqa: BLE001  # told as it is, not as a group
             failures.append(exc)
             scope.cancel()

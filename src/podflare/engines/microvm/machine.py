@@ -13,6 +13,7 @@ from podflare.engines.base import Death, FileMerge, Limits, Machine, MachineSpec
 from podflare.engines.linux.cgroups import Cgroup
 from podflare.engines.linux.ending import END_TIMEOUT_S, remove_tree
 from podflare.engines.microvm.control import Control
+from podflare.engines.microvm.landing import Landing
 from podflare.engines.microvm.origins import Origin
 from podflare.engines.microvm.vmm import Shape, Vm
 from podflare.errors import MachineFailed, NotBuilt, PodflareError
@@ -31,11 +32,17 @@ KEPT_CONSOLES = 20
 class MicrovmMachine:
     """See engines.base.Machine for the contract."""
 
-    uplink: UplinkEnds | None = None
-
     def __init__(
-        self, machine_id: str, spec: MachineSpec, vm: Vm, origin: Origin, directory: Path, cgroup: Cgroup | None
+        self,
+        machine_id: str,
+        spec: MachineSpec,
+        vm: Vm,
+        origin: Origin,
+        directory: Path,
+        cgroup: Cgroup | None,
+        landing: Landing | None = None,
     ) -> None:
+        """Args: landing: with a way out in `spec`; the machine's from here on."""
         self.id = machine_id
         self.spec = spec
         self.walls: tuple[Wall, ...] = ()
@@ -47,6 +54,8 @@ class MicrovmMachine:
         self.shape: Shape = origin.shape
         self.directory = directory
         self.cgroup = cgroup
+        self.uplink: UplinkEnds | None = None
+        self._landing = landing
         self.pause_s = 0.0
         """How long it stood still when it was last forked or saved."""
         self.on_close: Callable[[MicrovmMachine], None] | None = None
@@ -60,6 +69,12 @@ class MicrovmMachine:
     @property
     def disk(self) -> Path:
         return self.directory / "disk"
+
+    async def open_uplink(self) -> None:
+        """Have `uplink`, where the machine has one.  Raises: EgressUnavailable, DeadlineExceeded."""
+        if self._landing is not None and self.vm.frames is not None:
+            tun, listener = await self._landing.ends()
+            self.uplink = UplinkEnds(tun, listener, self.vm.frames.fileno())
 
     def watch(self) -> None:
         """Start to watch for the VM's end."""
@@ -180,16 +195,19 @@ class MicrovmMachine:
         self._declare_dead(Death("the machine was closed"))
         if self._watching is not None:
             self._watching.cancel()
-        await end(self.vm, self.cgroup, self.directory)
+        self.uplink = None
+        await end(self.vm, self.cgroup, self.directory, self._landing)
         if self.on_close is not None:
             self.on_close(self)
 
 
-async def end(vm: Vm | None, group: Cgroup | None, directory: Path) -> None:
+async def end(vm: Vm | None, group: Cgroup | None, directory: Path, landing: Landing | None = None) -> None:
     """Take a machine away, however far it has come.  Never raises for what is already gone."""
     loop = asyncio.get_running_loop()
     if vm is not None:
         await vm.aclose()
+    if landing is not None:
+        landing.close()
     if group is not None:
         await loop.run_in_executor(None, lambda: group.remove(timeout_s=END_TIMEOUT_S))
     await loop.run_in_executor(None, remove_tree, directory)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import shutil
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,14 +19,14 @@ from podflare.engines.microvm.choice import AUTO, FIRECRACKER, QEMU
 from podflare.engines.microvm.confinement import ALWAYS, AS_ROOT, Confinement
 from podflare.engines.microvm.firecracker import Firecracker
 from podflare.engines.microvm.images import Images
+from podflare.engines.microvm.landing import Landing, make_bundle
 from podflare.engines.microvm.qemu import BINARY, Qemu
 from podflare.engines.microvm.qemu_command import machine_key
 from podflare.engines.microvm.vmm import Accelerator, Shape, Vmm, VmmStatus
-from podflare.errors import MachineFailed, TemplateFailed, UnknownTemplate
+from podflare.errors import DeadlineExceeded, EgressUnavailable, MachineFailed, TemplateFailed, UnknownTemplate
 from podflare.wire.api import DEFAULT_TEMPLATE
 
 VERSION_TIMEOUT_S = 10.0
-NO_UPLINK = "machines of the microvm engine have no network yet; those of the process engine can"
 _PROGRAMS = (("setpriv", "util-linux"), ("unshare", "util-linux"), ("sh", "dash"))
 """What starts either VMM, with Debian's packages."""
 _TRANSLATED = "instructions are translated (TCG), computing is slow"
@@ -132,9 +134,29 @@ def _processor() -> str:
     return "\0".join(told.get(name, "") for name in ("model name", "stepping", "microcode", "flags"))
 
 
-def report(images: Images, wish: str, firecracker_path: str) -> EngineReport:
-    """For `podflare doctor`.  Blocks."""
-    found = find(wish, firecracker_path)
+async def report(images: Images, wish: str, firecracker_path: str) -> EngineReport:
+    """For `podflare doctor`."""
+    loop = asyncio.get_running_loop()
+    found = await loop.run_in_executor(None, find, wish, firecracker_path)
+    no_uplink = "" if found.vmm is None else found.vmm.no_network or await _why_no_landing()
+    return await loop.run_in_executor(None, _report, images, found, no_uplink)
+
+
+async def _why_no_landing() -> str:
+    """Empty if virtual machines can have a network here: tried by making what one needs."""
+    with tempfile.TemporaryDirectory(prefix="podflare-probe-") as folder:
+        try:
+            landing = Landing(make_bundle(Path(folder)))
+            try:
+                await landing.ends()
+            finally:
+                landing.close()
+        except (EgressUnavailable, DeadlineExceeded, OSError) as exc:
+            return str(exc)
+    return ""
+
+
+def _report(images: Images, found: Found, no_uplink: str) -> EngineReport:
     groups = cgroups.detect()
     walls = tuple(_status(wall, found, groups) for wall in _walls())
     problem = "" if found.vmm is not None else found.detail
@@ -144,7 +166,7 @@ def report(images: Images, wish: str, firecracker_path: str) -> EngineReport:
         except (UnknownTemplate, TemplateFailed) as exc:
             problem = str(exc)
     return EngineReport(
-        "microvm", usable=not problem, walls=walls, problem=problem, no_uplink=NO_UPLINK, notes=found.notes
+        "microvm", usable=not problem, walls=walls, problem=problem, no_uplink=no_uplink, notes=found.notes
     )
 
 

@@ -44,6 +44,7 @@ class Qemu:
 
     name = "qemu"
     kernel_kind: Literal["bzImage", "vmlinux"] = "bzImage"
+    no_network = ""
 
     def __init__(self, binary: str, accelerator: Accelerator, confinement: Confinement) -> None:
         self.accelerator = accelerator
@@ -92,15 +93,20 @@ class Qemu:
         try:
             for file in (base, directory):
                 self._confinement.own(file)
-            for _ in range(4):
-                one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+            kinds = [socket.SOCK_STREAM] * 4
+            if shape.network:
+                # Not datagrams: whoever has such a socket's other end could make it readable for ever.
+                kinds.append(socket.SOCK_SEQPACKET)
+            for kind in kinds:
+                one, other = socket.socketpair(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC)
                 ours.append(one)
                 stack.callback(other.close)
                 theirs.append(other.fileno())
             root = _open(stack, drives.root, os.O_RDONLY)
             disk = _open(stack, drives.disk, os.O_RDWR)
             self._confinement.own(disk)
-            fds = Descriptors(theirs[0], theirs[1], theirs[2], theirs[3], base, root, disk, devices)
+            frames = theirs[4] if shape.network else None
+            fds = Descriptors(theirs[0], theirs[1], theirs[2], theirs[3], base, root, disk, devices, frames)
             command = qemu_command(self._binary, self.accelerator, shape, fds, source)
             # Waits only for the exec, a millisecond or two.
             process = subprocess.Popen(
@@ -116,8 +122,9 @@ class Qemu:
             for sock in ours:
                 sock.close()
             raise MachineFailed(f"QEMU could not be started: {exc}") from exc
-        monitor, channel, control, console = ours
-        return QemuVm(process, directory, os.dup(base), channel, control, Console(console)), monitor
+        monitor, channel, control, console, *frames_socket = ours
+        vm = QemuVm(process, directory, os.dup(base), channel, control, Console(console), *frames_socket)
+        return vm, monitor
 
     async def _connected(self, vm: QemuVm, monitor: socket.socket) -> QemuVm:
         try:
@@ -166,10 +173,11 @@ class QemuVm:
         channel: socket.socket,
         control: socket.socket,
         console: Console,
+        frames: socket.socket | None = None,
     ) -> None:
         self.pid = process.pid
-        self.channel, self.control, self.console = channel, control, console
-        for sock in (channel, control):
+        self.channel, self.control, self.console, self.frames = channel, control, console, frames
+        for sock in self._sockets:
             sock.setblocking(False)
         self._process = process
         self._directory = directory
@@ -186,6 +194,10 @@ class QemuVm:
         self._gone: asyncio.Future[None] = loop.create_future()
         self._pidfd = os.pidfd_open(process.pid)
         loop.add_reader(self._pidfd, resolve, self._gone)
+
+    @property
+    def _sockets(self) -> list[socket.socket]:
+        return [sock for sock in (self.channel, self.control, self.frames) if sock is not None]
 
     async def connect(self, monitor: socket.socket) -> None:
         """Take over the monitor's socket.  Raises: MachineFailed with what QEMU said."""
@@ -273,6 +285,6 @@ class QemuVm:
         with contextlib.suppress(QMPError, OSError, EOFError):
             with anyio.fail_after(END_TIMEOUT_S):
                 await self._monitor.disconnect()
-        for sock in (self.channel, self.control):
+        for sock in self._sockets:
             sock.close()
         self.console.close()

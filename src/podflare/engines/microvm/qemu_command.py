@@ -25,6 +25,8 @@ _GLOBALS = (
     # It would want to find its part of the firmware in memory as it left it.
     "apic.vapic=off",
 )
+_MAC = "52:54:00:00:00:01"
+"""Of every VM's interface: each has a network of its own."""
 _FORBIDDEN = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 
@@ -41,10 +43,12 @@ class Descriptors:
     disk: int
     devices: int | None = None
     """Saved device state to go on from; None to boot."""
+    frames: int | None = None
+    """Of the network interface, where the VM has one."""
 
     def all(self) -> tuple[int, ...]:
         found = (self.monitor, self.channel, self.control, self.console, self.memory, self.root, self.disk)
-        return found if self.devices is None else (*found, self.devices)
+        return (*found, *(fd for fd in (self.devices, self.frames) if fd is not None))
 
 
 def qemu_command(
@@ -57,6 +61,7 @@ def qemu_command(
     command += ["-chardev", f"socket,id=monitor,fd={fds.monitor}", "-mon", "chardev=monitor,mode=control"]
     command += ["-chardev", f"socket,id=console,fd={fds.console}", "-serial", "chardev:console"]
     command += _drives(fds)
+    command += _network(shape, fds.frames)
     command += ["-device", "virtio-serial-pci"]
     for name, fd in ((CHANNEL_NAME, fds.channel), (CONTROL_NAME, fds.control)):
         command += ["-chardev", f"socket,id={name},fd={fd}", "-device", f"virtserialport,chardev={name},name={name}"]
@@ -88,6 +93,14 @@ def _machine(accelerator: Accelerator, shape: Shape) -> list[str]:
 def _memory(shape: Shape, fd: int) -> str:
     # share=off: the file is mapped privately, so that any number of VMs have one and each its own changes.
     return f"memory-backend-file,id=ram,size={shape.memory_bytes},mem-path=/proc/self/fd/{fd},share=off"
+
+
+def _network(shape: Shape, fd: int | None) -> list[str]:
+    if not shape.network:
+        return []
+    # No firmware of its own: nothing boots from it.
+    device = f"virtio-net-pci,netdev=network,mac={_MAC},romfile="
+    return ["-netdev", f"dgram,id=network,local.type=fd,local.str={fd}", "-device", device]
 
 
 def _drives(fds: Descriptors) -> list[str]:

@@ -11,7 +11,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,8 @@ class SavedMachines:
 
     def describe(self, origin: Origin, spec: MachineSpec, machine_key: str) -> None:
         """Write what a snapshot is, beside its files."""
-        body = {"format": _FORMAT, "key": machine_key, "shape": asdict(origin.shape), "spec": asdict(spec)}
+        kept = asdict(replace(spec, uplink=None))  # what a restored machine may reach is said when it is restored
+        body = {"format": _FORMAT, "key": machine_key, "shape": asdict(origin.shape), "spec": kept}
         (origin.disk.parent / "about.json").write_text(json.dumps(body))
 
     def get(self, name: str) -> Kept:

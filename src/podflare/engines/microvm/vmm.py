@@ -29,6 +29,8 @@ class Shape:
 
     memory_bytes: int
     cpus: int
+    network: bool = False
+    """Whether it has a network interface, whose frames are `Vm.frames`."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,9 @@ class Vm(Protocol):
     """Connected, non-blocking stream to the guest's port CHANNEL_NAME.  Closed by `aclose`."""
     control: socket.socket
     """Likewise to CONTROL_NAME."""
+    frames: socket.socket | None
+    """With `Shape.network`: what its interface sends and receives, one Ethernet frame a packet (SOCK_SEQPACKET,
+    non-blocking).  Closed by `aclose`."""
     console: Console
     """What the guest's kernel and init print, and the VMM itself."""
 
@@ -112,6 +117,8 @@ class Vmm(Protocol):
     name: str
     accelerator: Accelerator
     kernel_kind: Literal["bzImage", "vmlinux"]
+    no_network: str
+    """Why its VMs cannot have a network interface, for users; empty if they can."""
 
     async def boot(self, directory: Path, shape: Shape, source: BootSource, drives: Drives) -> Vm:
         """A VM that has begun to boot.

@@ -16,7 +16,7 @@ import sys
 from typing import Any, Dict, NoReturn, Optional, Set, Tuple
 
 from podflare.guest.link import Descriptor
-from podflare.guest.vm import confine, control, groups, manifest, ports, system
+from podflare.guest.vm import confine, control, groups, manifest, network, ports, system
 
 _ROUNDS = 16
 """Reads of one direction before everything else gets its turn."""
@@ -137,7 +137,8 @@ class _Init:
         system.set_clock(int(restored["time"]))
         system.add_entropy(bytes.fromhex(restored["seed"]))
         system.set_names(str(restored.get("hostname", "")), str(restored.get("machine_id", "")))
-        renew = {"reseed": bool(restored.get("reseed", True)), "token": restored["token"]}
+        environment = network.renew(restored["network"])
+        renew = {"reseed": bool(restored.get("reseed", True)), "token": restored["token"], "environment": environment}
         self._ask_agent({"renew": renew}, (self._channel.peer(),))
 
     def _ask_agent(self, order: Dict[str, Any], fds: Tuple[int, ...] = ()) -> None:
