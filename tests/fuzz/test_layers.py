@@ -28,6 +28,7 @@ from trees import WHITEOUT, Fifo, File, Folder, Layer, Link, Node, directories, 
 from podflare.guest.process.capture import MAX_DEPTH, capture_layers
 from podflare.guest.process.compare import Comparison, resolve
 from podflare.guest.process.compare import Layer as Opened
+from podflare.guest.process.room import Room
 from podflare.guest.process.threeway import Action, ThreeWay
 
 _OPEN = os.O_RDONLY | os.O_DIRECTORY
@@ -75,7 +76,7 @@ def test_a_capture_is_the_same(layer: Layer) -> None:
         with listener:
             listener.bind(f"{source}/.socket")
             os.mkdir(target)
-            capture_layers(f"{folder}/machine", target)
+            capture_layers(f"{folder}/machine", target, Room(10**6, 10**9))
         copied = read(f"{target}/root/upper")
         if first is not None:
             other = f"{target}/root/upper{first.removeprefix(source)}"
@@ -90,7 +91,7 @@ def test_a_chain_that_is_too_deep_is_refused() -> None:
         os.makedirs(f"{folder}/machine/root/upper/" + "d/" * (MAX_DEPTH + 3))
         os.mkdir(f"{folder}/layer")
         with pytest.raises(OSError, match="nested deeper"):
-            capture_layers(f"{folder}/machine", f"{folder}/layer")
+            capture_layers(f"{folder}/machine", f"{folder}/layer", Room(10**6, 10**9))
 
 
 @tries(60)

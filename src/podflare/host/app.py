@@ -25,6 +25,8 @@ from podflare.host.origin import check_origin
 from podflare.host.sandbox import Sandbox
 from podflare.host.telemetry import current_trace, parse_traceparent
 from podflare.wire.api import (
+    MAX_ANSWER_VALUES,
+    MAX_BODY_VALUES,
     CreateRequest,
     DiffRequest,
     ExecRequest,
@@ -196,8 +198,11 @@ class App:
             sandbox_id, scope["owner"]
         )
 
-    async def _object(self, scope: Scope, receive: Receive, what: str) -> dict[str, Any]:
-        return await http.read_object(scope, receive, what=what, silence_s=self._config.body_timeout_s)
+    async def _object(
+        self, scope: Scope, receive: Receive, what: str, max_values: int = MAX_BODY_VALUES
+    ) -> dict[str, Any]:
+        silence_s = self._config.body_timeout_s
+        return await http.read_object(scope, receive, what=what, silence_s=silence_s, max_values=max_values)
 
     # Sandboxes.
 
@@ -301,7 +306,7 @@ class App:
 
     async def _answer_tool_call(self, scope: Scope, receive: Receive, send: Send) -> None:
         sandbox = await self._sandbox(scope)
-        answer = ToolAnswer.from_json(await self._object(scope, receive, "tool result"))
+        answer = ToolAnswer.from_json(await self._object(scope, receive, "tool result", MAX_ANSWER_VALUES))
         sandbox.answer(scope["path_params"]["cell"], answer)
         await http.send_nothing(send)
 

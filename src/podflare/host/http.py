@@ -14,7 +14,7 @@ import anyio
 from starlette.types import Message, Receive, Scope, Send
 
 from podflare.errors import BadRequest, TooLarge
-from podflare.wire.api import MAX_BODY_BYTES
+from podflare.wire.api import MAX_BODY_BYTES, MAX_BODY_VALUES
 from podflare.wire.codec import decode_object
 
 Headers = list[tuple[bytes, bytes]]
@@ -85,10 +85,13 @@ async def body_chunks(receive: Receive, *, silence_s: float) -> AsyncIterator[by
             yield message["body"]
 
 
-async def read_object(scope: Scope, receive: Receive, *, what: str, silence_s: float) -> dict[str, Any]:
+async def read_object(
+    scope: Scope, receive: Receive, *, what: str, silence_s: float, max_values: int = MAX_BODY_VALUES
+) -> dict[str, Any]:
     """The JSON object in the body; {} if there is no body, whatever its content type.
 
-    Raises: TooLarge above MAX_BODY_BYTES, while reading; BadRequest if it is no JSON object; as body_chunks.
+    Raises: TooLarge above MAX_BODY_BYTES, while reading; BadRequest if it is no JSON object, or has more than
+        max_values in it; as body_chunks.
     """
     announced = content_length(scope)
     if announced is not None and announced > MAX_BODY_BYTES:
@@ -106,7 +109,7 @@ async def read_object(scope: Scope, receive: Receive, *, what: str, silence_s: f
     except TimeoutError:
         raise BadRequest(f"{what}: the body was not complete within {silence_s:g} s") from None
     body = b"".join(parts)
-    return decode_object(body, error=BadRequest, what=what) if body.strip() else {}
+    return decode_object(body, error=BadRequest, what=what, max_values=max_values) if body.strip() else {}
 
 
 async def send_json(send: Send, status: int, value: Any, extra: Iterable[tuple[bytes, bytes]] = ()) -> None:

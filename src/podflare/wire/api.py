@@ -25,6 +25,10 @@ DEFAULT_RAM_MIB = 1024
 DEFAULT_ROOTFS_GB = 4
 MAX_BODY_BYTES = 32 * 1024 * 1024
 """Cap of a JSON request body: MAX_CODE_CHARS characters, escaped."""
+MAX_BODY_VALUES = 1_000_000
+"""Of JSON in a request body: more than the resolutions of a merge are."""
+MAX_ANSWER_VALUES = MAX_RESULT_BYTES // 2
+"""In the body of an answer to a tool call, whose result is the caller's own JSON."""
 MAX_LIFETIME_S = 366 * 86400
 MAX_METADATA_ITEMS = 32
 MAX_FORKS = 32

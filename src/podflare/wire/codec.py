@@ -12,11 +12,16 @@ from typing import Any, Dict, Optional, Type
 from podflare.errors import PodflareError
 
 
-def decode_object(data: bytes, *, error: Type[PodflareError], what: str) -> Dict[str, Any]:
+def decode_object(
+    data: bytes, *, error: Type[PodflareError], what: str, max_values: Optional[int] = None
+) -> Dict[str, Any]:
     """Parse `data` (UTF-8 JSON) into an object.
 
+    Args: max_values: refuse more values than this before they are made: 16 MiB of `[],` become 350 MB of lists.
     Raises: `error` if it is not JSON, not an object, nested deeper than the parser can follow, or has NaN/Infinity.
     """
+    if max_values is not None and _has_more_values(data, max_values):
+        raise error(f"{what}: more than {max_values} values")
     try:
         value = _DECODER.decode(data.decode("utf-8"))
     except (ValueError, RecursionError) as exc:
@@ -24,6 +29,20 @@ def decode_object(data: bytes, *, error: Type[PodflareError], what: str) -> Dict
     if not isinstance(value, dict):
         raise error(f"{what}: expected a JSON object, got {type(value).__name__}")
     return value
+
+
+def _has_more_values(data: bytes, most: int) -> bool:
+    """Whether a JSON text holds more values, counted by what separates and opens them outside of its strings."""
+    if _separators(data) <= most:
+        return False
+    bare = data.replace(b"\\\\", b"").replace(b'\\"', b"")  # no escaped quote is left: what quotes are there are ends
+    if bare.count(b'"') > 4 * most:
+        return True
+    return _separators(b"".join(bare.split(b'"')[::2])) > most
+
+
+def _separators(data: bytes) -> int:
+    return data.count(b",") + data.count(b"[") + data.count(b"{")
 
 
 def _no_constants(name: str) -> Any:

@@ -22,6 +22,10 @@ MAX_RICH_CHARS = 12 * 1024 * 1024
 """Sum of one result's mime data; the guest leaves out the largest forms until it fits."""
 MAX_MIME_TYPES = 32
 MAX_VARIABLES = 256
+MANY_VALUES_BYTES = MAX_INPUT_BYTES + 4096
+"""A guest's message may be anything up to here: the input of a tool call is the caller's own JSON."""
+MAX_VALUES = 100_000
+"""Of a guest's longer message, which holds a few long texts, or the table of its variables."""
 WINDOW_BYTES = 4 * 1024 * 1024
 """A file sender may have this many bytes under way that were not acknowledged."""
 
@@ -257,7 +261,8 @@ def from_guest(payload: bytes) -> GuestMessage:
 
     Raises: ProtocolError for anything that is not exactly such a message, within its bounds.
     """
-    return _decode(payload, _GUEST, "guest message")  # type: ignore[return-value]  # the table's values are GuestMessages
+    most = MAX_VALUES if len(payload) > MANY_VALUES_BYTES else None
+    return _decode(payload, _GUEST, "guest message", max_values=most)  # type: ignore[return-value]  # the table's values are GuestMessages
 
 
 def from_host(payload: bytes) -> HostMessage:
@@ -265,8 +270,9 @@ def from_host(payload: bytes) -> HostMessage:
     return _decode(payload, _HOST, "host message")  # type: ignore[return-value]  # the table's values are HostMessages
 
 
-def _decode(payload: bytes, table: Dict[str, Type[Any]], what: str) -> Message:
-    read = Fields(decode_object(payload, error=ProtocolError, what=what), error=ProtocolError, what=what)
+def _decode(payload: bytes, table: Dict[str, Type[Any]], what: str, *, max_values: Optional[int] = None) -> Message:
+    body = decode_object(payload, error=ProtocolError, what=what, max_values=max_values)
+    read = Fields(body, error=ProtocolError, what=what)
     op = read.text("op", max_chars=32)
     if op not in table:
         raise ProtocolError(f"{what}: unknown op {op!r}")

@@ -62,7 +62,7 @@ async def carry_machine(
         with to_target:
             with target:
                 send_order([unborn], [plan], parent.parts.family, below=None, carrier=target.fileno())
-            await parent.parts.family.capture(parent.id, capture.layer, capture.merged)
+            await parent.parts.family.capture(parent.id, capture.layer, capture.merged, parent.spec.limits)
             let_mount(unborn)
             machine = await receive_confined(nursery, unborn)
             await _carry_repl(parent, to_target, reseed=reseed, timeout_s=timeout_s)

@@ -8,12 +8,15 @@ import os
 import socket
 from typing import Any
 
+from podflare.engines.base import Limits
 from podflare.engines.linux.ending import end_process
 from podflare.engines.linux.waiting import wait_readable
 from podflare.errors import MachineFailed
 from podflare.wire.plan import MachinePlan, machine_to_dict
 
 CAPTURE_TIMEOUT_S = 120.0
+GRACE_S = 2.0
+"""So much later than the process that copies gives up, it is given up."""
 MAX_ANSWER_BYTES = 64 * 1024
 
 
@@ -53,26 +56,39 @@ class Family:
         """
         self._send({"carry": {"timeout_s": timeout_s}}, [source, target, answer_to])
 
-    async def capture(self, machine: str, layer: str, merged: tuple[str, ...]) -> None:
+    async def capture(self, machine: str, layer: str, merged: tuple[str, ...], limits: Limits) -> None:
         """Copy the writable layers of a running machine to a new layer.
 
         Args:
             merged: layers below the machine's own, topmost first, that become part of the new one.
-        Raises: MachineFailed; the caller removes what was copied.
+            limits: the machine's, which running code may make more of by moving it about while it is copied.
+        Raises: MachineFailed, DeadlineExceeded; the caller removes what was copied.
         """
-        copying = asyncio.get_running_loop().create_task(self._capture(machine, layer, merged))
+        copying = asyncio.get_running_loop().create_task(self._capture(machine, layer, merged, limits))
         try:
             await asyncio.shield(copying)
         except asyncio.CancelledError:
             await asyncio.wait([copying])  # it writes into the layer, which the caller is about to remove
             raise
 
-    async def _capture(self, machine: str, layer: str, merged: tuple[str, ...]) -> None:
+    async def _capture(self, machine: str, layer: str, merged: tuple[str, ...], limits: Limits) -> None:
+        order = {
+            "capture": machine,
+            "to": layer,
+            "merged": merged,
+            # Twice: between two looks at the disk a machine can pass its limit, and what is compressed reads as more.
+            "entries": 2 * limits.max_files,
+            "bytes": 2 * limits.disk_bytes,
+            "timeout_s": CAPTURE_TIMEOUT_S,
+        }
+        answer: dict[str, Any] = {}
         async with self._lock:
-            self._send({"capture": machine, "to": layer, "merged": merged}, [])
-            await wait_readable(self._control, CAPTURE_TIMEOUT_S, "the files of the sandbox were not copied")
-            data = self._control.recv(MAX_ANSWER_BYTES)
-        answer: dict[str, Any] = json.loads(data) if data else {"error": "the family ended"}
+            self._send(order, [])
+            while answer.get("captured") != layer:  # the answer to an order that was given up may come now
+                limit_s = CAPTURE_TIMEOUT_S + GRACE_S
+                await wait_readable(self._control, limit_s, "the files of the sandbox were not copied")
+                data = self._control.recv(MAX_ANSWER_BYTES)
+                answer = json.loads(data) if data else {"captured": layer, "error": "the family ended"}
         if answer["error"]:
             raise MachineFailed(f"the files of the sandbox could not be copied: {answer['error']}")
 

@@ -71,7 +71,7 @@ async def fork_machine(
             plan_machine(one.id, one.spec, cgroup_walls=nursery.cgroups.walls, layers=capture.below) for one in unborn
         ]
         send_order(unborn, plans, parent.parts.family, below=parent.parts.pid_namespace)
-        await parent.parts.family.capture(parent.id, capture.layer, capture.merged)
+        await parent.parts.family.capture(parent.id, capture.layer, capture.merged, parent.spec.limits)
         for one in unborn:
             let_mount(one)
         # One after the other: they get ready side by side, and nobody is left waiting when one fails.

@@ -16,28 +16,30 @@ from contextlib import contextmanager
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 from podflare.guest.descriptors import read_link
+from podflare.guest.process.room import Room
 
 MAX_DEPTH = 256
 """Deeper directories are refused: each level holds two descriptors open."""
 _FICLONE = 0x40049409
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _GONE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENXIO)
-_CHUNK = 1 << 30
+_CHUNK = 1 << 26
 
 
-def capture_layers(source: str, target: str, merged: Sequence[str] = ()) -> None:
+def capture_layers(source: str, target: str, room: Room, merged: Sequence[str] = ()) -> None:
     """Copy `source`/<name>/upper to `target`/<name>/upper for each overlay of a machine.
 
     Args:
+        room: for the copy.
         merged: directories of the read-only layers below the machine's own, topmost first, whose content becomes part
             of the copy: their files by hard links.
-    Raises: OSError; what was copied so far is the caller's to remove.
+    Raises: OSError, Outgrown; what was copied so far is the caller's to remove.
     """
     for name in os.listdir(source):
         os.makedirs(f"{target}/{name}", 0o755)
         upper = f"{target}/{name}/upper"
         os.mkdir(upper, 0o755)
-        copy = _Copy(upper)
+        copy = _Copy(upper, room)
         try:
             with _folder(f"{source}/{name}/upper") as folder:
                 copy.directory(folder, copy.root, "", 0)
@@ -56,8 +58,13 @@ SMALL_ENTRIES = 48
 SMALL_BYTES = 1 << 20
 
 
+def small_room() -> Room:
+    """For the copy of what was small a moment ago."""
+    return Room(4 * SMALL_ENTRIES, 4 * SMALL_BYTES)
+
+
 def is_small(source: str) -> bool:
-    """Whether copying a machine's layers takes a moment only.  It may grow while it is copied; then it takes longer."""
+    """Whether copying a machine's layers takes a moment only.  It may grow while it is copied."""
     entries, size = 0, 0
     try:
         folders = [f"{source}/{name}/upper" for name in os.listdir(source)]
@@ -141,8 +148,9 @@ def _is_opaque(folder: int) -> bool:
 class _Copy:
     """One tree on its way."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, room: Room) -> None:
         self.root = os.open(target, _DIRECTORY)
+        self._room = room
         self._linked: Dict[Tuple[int, int], str] = {}
 
     def directory(self, source: int, target: int, path: str, depth: int) -> None:
@@ -158,6 +166,7 @@ class _Copy:
         _copy_attributes(source, target, os.fstat(source))
 
     def _entry(self, source: int, target: int, name: str, path: str, depth: int) -> None:
+        self._room.take_entry()
         status = os.stat(name, dir_fd=source, follow_symlinks=False)
         if stat.S_ISDIR(status.st_mode):
             theirs = os.open(name, _DIRECTORY, dir_fd=source)
@@ -198,7 +207,7 @@ class _Copy:
                 return  # replaced since it was looked at
             ours = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=target)
             try:
-                _copy_content(theirs, ours, status.st_size)
+                _copy_content(theirs, ours, status.st_size, self._room)
                 _copy_attributes(theirs, ours, status)
             finally:
                 os.close(ours)
@@ -206,7 +215,7 @@ class _Copy:
             os.close(theirs)
 
 
-def _copy_content(source: int, target: int, size: int) -> None:
+def _copy_content(source: int, target: int, size: int, room: Room) -> None:
     if not size:
         return
     try:
@@ -220,6 +229,7 @@ def _copy_content(source: int, target: int, size: int) -> None:
             count = os.copy_file_range(source, target, min(end - start, _CHUNK), start, start)
             if not count:
                 return  # made shorter meanwhile
+            room.take_bytes(count)
             start += count
 
 

@@ -17,6 +17,7 @@ from typing import Callable, Dict, Iterator, List, Sequence, Tuple
 from podflare.guest import syscalls as sc
 from podflare.guest.descriptors import read_link
 from podflare.guest.process.mergebase import Places
+from podflare.guest.process.room import Room
 from podflare.guest.process.threeway import Action, Mark, mark_of_status
 from podflare.guest.process.transplant import DIRECTORY, Changed, found, remove, transplant, write_file
 
@@ -39,15 +40,15 @@ class Changeover:
         self._count = 0
         self._problems: List[str] = []
 
-    def prepare(self, overlay: str, action: Action, theirs: Places) -> None:
-        """Put what is to come beside.  Raises: OSError; Changed."""
+    def prepare(self, overlay: str, action: Action, theirs: Places, room: Room) -> None:
+        """Put what is to come beside.  Raises: OSError; Changed; Outgrown."""
         name = f"{len(self._staged)}"
         if action.content is not None and action.mode is not None:
             write_file(self._side(overlay), name, action.content, action.mode)
         elif action.take:
             with found(theirs.stack(overlay), _parts(action.path[len(self._mounts[overlay].rstrip("/")) :])) as entry:
                 if entry is not None:
-                    transplant(entry, self._side(overlay), name, path=action.path, mode=action.mode)
+                    transplant(entry, self._side(overlay), name, room, path=action.path, mode=action.mode)
         self._staged.append((overlay, action))
 
     def _side(self, overlay: str) -> int:

@@ -20,11 +20,13 @@ from podflare.guest import agent, processes
 from podflare.guest import syscalls as sc
 from podflare.guest.descriptors import close_all_but
 from podflare.guest.process import confine, uplink
-from podflare.guest.process.capture import capture_layers, is_small
+from podflare.guest.process.capture import capture_layers, is_small, small_room
 from podflare.guest.process.carry import run_carrier
 from podflare.guest.process.comparison import answer_comparison
 from podflare.guest.process.merging import answer_merge
+from podflare.guest.process.room import Outgrown, Room
 from podflare.guest.process.signals import Warden
+from podflare.guest.process.transplant import empty
 from podflare.wire.plan import MachinePlan, StagePlan, machine_from_dict
 
 MAX_ORDER_BYTES = 160 * 1024
@@ -117,25 +119,35 @@ def _obey(
 
 def _capture(control: socket.socket, order: Dict[str, Any]) -> None:
     """Here if there is little to copy; else in a process of its own: the family must hear when the daemon goes."""
-    source = f"/machines/{order['capture']}"
-    if order["merged"] or not is_small(source):
-        if os.fork() == 0:
-            try:
-                _answer_capture(control, source, order)
-            finally:
-                os._exit(0)
-    else:
-        _answer_capture(control, source, order)
-
-
-def _answer_capture(control: socket.socket, source: str, order: Dict[str, Any]) -> None:
+    source, target = f"/machines/{order['capture']}", f"/machines/{order['to']}"
     answer: Dict[str, Any] = {"captured": order["to"], "error": None}
     try:
-        merged = [f"/machines/{layer}" for layer in order["merged"]]
-        capture_layers(source, f"/machines/{order['to']}", merged)
-    except BaseException as exc:
-        answer["error"] = f"{type(exc).__name__}: {exc}"
-    _tell(control.fileno(), answer)
+        if not order["merged"] and is_small(source):
+            capture_layers(source, target, small_room())
+            _tell(control.fileno(), answer)
+            return
+    except Outgrown:
+        empty(target)  # code that runs in it made more of it meanwhile
+    except OSError as exc:
+        _tell(control.fileno(), {**answer, "error": f"{type(exc).__name__}: {exc}"})
+        return
+    if os.fork() == 0:
+        try:
+            _capture_apart(source, target, order)
+        except BaseException as exc:
+            answer["error"] = str(exc) if isinstance(exc, Outgrown) else f"{type(exc).__name__}: {exc}"
+        finally:
+            _tell(control.fileno(), answer)
+            os._exit(0)
+
+
+def _capture_apart(source: str, target: str, order: Dict[str, Any]) -> None:
+    """In a process of its own: it dies when its time is over."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, order["timeout_s"])
+    merged = [f"/machines/{layer}" for layer in order["merged"]]
+    capture_layers(source, target, Room(order["entries"], order["bytes"]), merged)
 
 
 def _compare(stage: StagePlan, order: Dict[str, Any], answer_to: int) -> None:

@@ -12,6 +12,7 @@ from typing import Dict, List, Optional, Sequence
 
 from podflare.guest.process.capture import merge_below
 from podflare.guest.process.compare import Entry, Layer, open_stack
+from podflare.guest.process.room import Room
 from podflare.guest.process.threeway import UNMERGEABLE, Unit
 from podflare.guest.process.transplant import DIRECTORY, found, remove, transplant
 
@@ -40,14 +41,21 @@ class Places:
 
 
 def write_base(
-    layer: str, former: Optional[str], units: Sequence[Unit], base: Places, theirs: Places, mounts: Dict[str, str]
+    layer: str,
+    former: Optional[str],
+    units: Sequence[Unit],
+    base: Places,
+    theirs: Places,
+    mounts: Dict[str, str],
+    room: Room,
 ) -> None:
     """Fill the new layer.
 
     Args:
         former: the layer of an earlier merge of the two, which goes on to hold but where `units` say otherwise.
         mounts: where each overlay is mounted.
-    Raises: OSError, Changed; what was written so far is the caller's to remove.
+        room: for what comes over.
+    Raises: OSError, Changed, Outgrown; what was written so far is the caller's to remove.
     """
     for unit in units:
         top = f"/machines/{layer}/{unit.overlay}/upper"
@@ -60,7 +68,7 @@ def write_base(
                 os.close(folder)
                 folder = inner
             with found(theirs.stack(unit.overlay), parts) as entry:
-                _put(folder, unit, parts[-1], entry)
+                _put(folder, unit, parts[-1], entry, room)
         finally:
             os.close(folder)
 
@@ -90,7 +98,7 @@ def _enter(folder: int, name: str, parts: List[str], stacks: Sequence[List[Layer
     return inner
 
 
-def _put(folder: int, unit: Unit, name: str, entry: Optional[Entry]) -> None:
+def _put(folder: int, unit: Unit, name: str, entry: Optional[Entry], room: Room) -> None:
     if not unit.whole and entry is not None:
         try:
             os.mkdir(name, dir_fd=folder)
@@ -109,7 +117,7 @@ def _put(folder: int, unit: Unit, name: str, entry: Optional[Entry]) -> None:
     if entry is None or entry.kind in UNMERGEABLE:
         os.mknod(name, stat.S_IFCHR | 0o600, 0, dir_fd=folder)
         return
-    transplant(entry, folder, name, path=unit.path)
+    transplant(entry, folder, name, room, path=unit.path)
     if entry.kind == "directory" and unit.base_is_folder:
         inner = os.open(name, DIRECTORY, dir_fd=folder)
         try:

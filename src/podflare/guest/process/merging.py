@@ -26,12 +26,17 @@ from podflare.guest import syscalls as sc
 from podflare.guest.process.changeover import Changeover
 from podflare.guest.process.compare import GONE, TooMuch, overlays_of
 from podflare.guest.process.mergebase import Places, write_base
+from podflare.guest.process.room import Outgrown, Room
 from podflare.guest.process.threeway import Action, ThreeWay
 from podflare.guest.process.transplant import Changed
 from podflare.wire.plan import StagePlan
 
 MAX_ERROR_CHARS = 2000
 MAX_WORD_BYTES = 4096
+TIDY_S = 20.0
+"""For removing what lies beside at the end; running code can put more into it all the time."""
+_SLACK_ENTRIES = 1000
+_SLACK_BYTES = 64 * 1024 * 1024
 
 
 class _TimeIsUp(Exception):
@@ -75,6 +80,8 @@ def _step(sock: socket.socket, action: Any, timeout_s: float) -> bool:
         return True
     except Changed as exc:
         answer = {"error": f"{exc} was changed by running code meanwhile", "kind": "changed"}
+    except Outgrown as exc:
+        answer = {"error": str(exc), "kind": "changed"}
     except TooMuch as exc:
         answer = {"error": str(exc), "kind": "too_much"}
     except _TimeIsUp:
@@ -144,7 +151,8 @@ class _Merge:
     def apply(self, decisions: Dict[str, str]) -> None:
         """Write the next base, then change our files."""
         units = self._three.units
-        write_base(self._order["layer"], self._order["former"], units, self._base, self._theirs, self._mounts)
+        layer, former = self._order["layer"], self._order["former"]
+        write_base(layer, former, units, self._base, self._theirs, self._mounts, self._room())
         actions: List[Tuple[str, Action]] = []
         for unit in units:
             action = unit.action
@@ -158,8 +166,9 @@ class _Merge:
             self._theirs.stack(overlay)  # while the stage can still be reached by path
         self._join()
         over = self._over = Changeover(self._mounts)
+        room = self._room()
         for overlay, action in actions:
-            over.prepare(overlay, action, self._theirs)
+            over.prepare(overlay, action, self._theirs, room)
         signal.setitimer(signal.ITIMER_REAL, 0)  # from here on it is renames only, and a half of them is no good
         try:
             over.apply()
@@ -168,6 +177,12 @@ class _Merge:
             if problems:
                 raise OSError(f"{exc}; and what was done could not all be undone: {problems[0]}") from exc
             raise
+
+    def _room(self) -> Room:
+        """For one copy of what was there when it was planned."""
+        units = self._three.units
+        entries, size = sum(unit.entries for unit in units), sum(unit.size for unit in units)
+        return Room(2 * entries + _SLACK_ENTRIES, 2 * size + _SLACK_BYTES)
 
     def _join(self) -> None:
         # Nothing may be imported any more: the files of that name are the sandbox's.
@@ -184,4 +199,8 @@ class _Merge:
         if self._over is not None:
             if not self._kept:
                 self._over.undo()
-            self._over.finish()
+            try:
+                signal.setitimer(signal.ITIMER_REAL, TIDY_S)
+                self._over.finish()
+            except _TimeIsUp:
+                pass  # the rest stays, where the code that made it sees it

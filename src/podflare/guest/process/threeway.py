@@ -71,8 +71,9 @@ class Unit(NamedTuple):
     whole: bool
     """All of their directory at the path is meant, else only the entry itself."""
     base_is_folder: bool
+    entries: int
     size: int
-    """Bytes that come over."""
+    """Bytes that come over, in so many files and directories."""
     why: str = ""
     """Why it is a conflict; empty if it is none, and then `action` holds."""
     if_theirs: Optional[Action] = None
@@ -367,13 +368,10 @@ class ThreeWay:
 
     def _unit(self, trio: Trio, path: str, paths: List[str], action: Optional[Action], whole: bool) -> Unit:
         self._count(path)
-        size = self._size(trio[2], path) if whole and trio[2] is not None else 0
-        return Unit(self._overlay, path, paths, action, whole, _is_folder(trio[0]), size)
-
-    def _size(self, theirs: Entry, path: str) -> int:
         sizes: List[int] = []
-        self._tree(theirs, path, lambda entry, inner: sizes.append(entry.status.st_blocks * 512), 0)
-        return sum(sizes)
+        if whole and trio[2] is not None:
+            self._tree(trio[2], path, lambda entry, inner: sizes.append(entry.status.st_blocks * 512), 0)
+        return Unit(self._overlay, path, paths, action, whole, _is_folder(trio[0]), len(sizes), sum(sizes))
 
     def _tree(self, entry: Entry, path: str, notice: Callable[[Entry, str], None], depth: int) -> None:
         """Tell `notice` of an entry and of all below it, what is in a directory after the directory."""

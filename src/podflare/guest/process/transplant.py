@@ -14,6 +14,7 @@ from typing import Iterator, List, Optional, Sequence
 
 from podflare.guest.process.capture import parts_with_data
 from podflare.guest.process.compare import MAX_DEPTH, Entry, Layer, resolve
+from podflare.guest.process.room import Room
 from podflare.guest.process.threeway import UNMERGEABLE, mark_of_status, names_of
 
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -25,26 +26,31 @@ class Changed(Exception):
     """Running code changed what was to be merged."""
 
 
-def transplant(entry: Entry, target: int, name: str, *, path: str, mode: Optional[int] = None, depth: int = 0) -> None:
+def transplant(
+    entry: Entry, target: int, name: str, room: Room, *, path: str, mode: Optional[int] = None, depth: int = 0
+) -> None:
     """Copy an entry to `name` in the directory `target`, where nothing is of that name.
 
-    Args: mode: of the copy itself, instead of the entry's.
-    Raises: OSError; Changed if a file is written to meanwhile.
+    Args:
+        room: for the copy.
+        mode: of the copy itself, instead of the entry's.
+    Raises: OSError; Outgrown; Changed if a file is written to meanwhile.
     """
+    room.take_entry()
     if depth > MAX_DEPTH:
         raise OSError(errno.ENAMETOOLONG, f"directories nested deeper than {MAX_DEPTH}: {path[:200]}")
     wanted = entry.mode if mode is None else mode
     if entry.kind == "directory":
-        _folder(entry, target, name, path, wanted, depth)
+        _folder(entry, target, name, room, path, wanted, depth)
     elif entry.kind == "file":
-        _file(entry, target, name, path, wanted)
+        _file(entry, target, name, room, path, wanted)
     elif entry.kind == "link":
         os.symlink(entry.target(), name, dir_fd=target)
     elif entry.kind not in UNMERGEABLE:
         os.mkfifo(name, wanted, dir_fd=target)
 
 
-def _folder(entry: Entry, target: int, name: str, path: str, mode: int, depth: int) -> None:
+def _folder(entry: Entry, target: int, name: str, room: Room, path: str, mode: int, depth: int) -> None:
     os.mkdir(name, 0o700, dir_fd=target)
     own = os.open(name, DIRECTORY, dir_fd=target)
     try:
@@ -52,7 +58,7 @@ def _folder(entry: Entry, target: int, name: str, path: str, mode: int, depth: i
             inner = resolve(entry.folders, inner_name)
             if inner is not None:
                 try:
-                    transplant(inner, own, inner_name, path=f"{path}/{inner_name}", depth=depth + 1)
+                    transplant(inner, own, inner_name, room, path=f"{path}/{inner_name}", depth=depth + 1)
                 finally:
                     inner.close()
         os.fchmod(own, mode)
@@ -60,7 +66,7 @@ def _folder(entry: Entry, target: int, name: str, path: str, mode: int, depth: i
         os.close(own)
 
 
-def _file(entry: Entry, target: int, name: str, path: str, mode: int) -> None:
+def _file(entry: Entry, target: int, name: str, room: Room, path: str, mode: int) -> None:
     source = entry.open()
     try:
         status = os.fstat(source)
@@ -68,7 +74,7 @@ def _file(entry: Entry, target: int, name: str, path: str, mode: int) -> None:
             raise Changed(path)
         own = os.open(name, _NEW_FILE, 0o600, dir_fd=target)
         try:
-            copy_bytes(source, own, status.st_size)
+            copy_bytes(source, own, status.st_size, room)
             os.fchmod(own, mode)
         finally:
             os.close(own)
@@ -90,7 +96,7 @@ def write_file(target: int, name: str, content: bytes, mode: int) -> None:
         os.close(own)
 
 
-def copy_bytes(source: int, target: int, size: int) -> None:
+def copy_bytes(source: int, target: int, size: int, room: Room) -> None:
     """At most `size` bytes; holes stay holes.  Not copy_file_range: it does not go from one file system to another."""
     os.ftruncate(target, size)
     for start, end in parts_with_data(source, size):
@@ -99,6 +105,7 @@ def copy_bytes(source: int, target: int, size: int) -> None:
             count = os.sendfile(target, source, start, min(end - start, _PIECE))
             if not count:
                 return  # made shorter meanwhile
+            room.take_bytes(count)
             start += count
 
 
@@ -118,6 +125,16 @@ def found(stack: Sequence[Layer], parts: Sequence[str]) -> Iterator[Optional[Ent
     finally:
         for entry in opened:
             entry.close()
+
+
+def empty(path: str) -> None:
+    """Remove all that is in a directory of ours."""
+    folder = os.open(path, DIRECTORY)
+    try:
+        for name in os.listdir(folder):
+            remove(folder, name)
+    finally:
+        os.close(folder)
 
 
 def remove(parent: int, name: str) -> None:
