@@ -195,6 +195,10 @@ class Transfers:
         except (_Refused, OSError, ValueError) as exc:
             self._drop(channel)
             self._say(channel, _failure(path, exc))
+        except RecursionError:
+            # The library follows links, and makes directories, by calling itself.
+            self._drop(channel)
+            self._say(channel, FileFailed(reason=OTHER, message=f"{path}: too many links or directories on the way"))
 
     def _drop(self, channel: int) -> None:
         transfer = self._active.pop(channel, None)

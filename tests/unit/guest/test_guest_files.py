@@ -109,6 +109,7 @@ def test_what_is_no_file_is_refused(guest, kind):
         ("x" * 300, OTHER, OTHER),
         ("/proc/1/nothing", MISSING, MISSING),
         ("\ud800", OTHER, OTHER),
+        ("x/" * 2000 + "x", MISSING, OTHER),
     ],
 )
 def test_reasons(guest, path, read, write):

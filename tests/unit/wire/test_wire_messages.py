@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import pytest
 
 from podflare.errors import ProtocolError
 from podflare.wire import messages as m
 from podflare.wire import variables as v
+from podflare.wire.frames import MAX_MESSAGE_BYTES
 
 PRINT = "0123456789abcdef" * 2
 
@@ -156,3 +158,27 @@ def test_errors_name_the_key_and_what_was_expected():
         m.from_guest(b'{"op":"exit","code":"' + b"z" * 100_000 + b'"}')
     except ProtocolError as exc:
         assert len(str(exc)) < 500
+
+
+def _bomb(piece: bytes) -> bytes:
+    return b'{"op":"exit","x":[' + piece * ((MAX_MESSAGE_BYTES - 40) // len(piece)) + b"0]}"
+
+
+@pytest.mark.parametrize("piece", [b"[],", b"{},", b"0,", b'"ab",', b'"",', b"[" * 900 + b"]" * 900 + b","])
+def test_values_without_end_are_refused_before_they_are_made(piece):
+    """A message whose few bytes for each value would become a hundred times as many is refused, for next to nothing."""
+    payload = _bomb(piece)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError, match="more than 100000 values"):
+            m.from_guest(payload)
+        assert tracemalloc.get_traced_memory()[1] < 6 * len(payload)
+    finally:
+        tracemalloc.stop()
+
+
+def test_long_texts_are_no_values():
+    """A result's long text may hold any number of brackets, commas, quotes and backslashes."""
+    page = '<script>[{"a":[1,2,3]},"\\\\","\\""]</script>' * 100_000
+    told = m.from_guest(m.to_payload(m.Result({"text/html": page, "text/plain": "x"}, "value")))
+    assert told == m.Result({"text/html": page, "text/plain": "x"}, "value")

@@ -18,8 +18,8 @@ from podflare.wire.api import Diff, PathChange
 
 MAX_PATHS_BYTES = 64 * 1024
 """Of all paths as JSON: an order is one packet."""
-MAX_ANSWER_BYTES = 256 * 1024 * 1024
-"""Above what guest/process/compare.py lets an answer become; it comes as a file in memory."""
+MAX_ANSWER_BYTES = 64 * 1024 * 1024
+"""It comes as a file in memory, and costs several times its size once it is read."""
 
 
 async def compare_machines(

@@ -28,7 +28,7 @@ from podflare.wire.merges import MergeSide
 
 MAX_ORDER_BYTES = 128 * 1024
 """Of an order as JSON: it is one packet."""
-MAX_PLAN_BYTES = 256 * 1024 * 1024
+MAX_PLAN_BYTES = 64 * 1024 * 1024
 END_TIMEOUT_S = 60.0
 """For a process that gives up a merge to undo what it did: renames."""
 GRACE_S = 2.0

@@ -21,7 +21,7 @@ from podflare.wire.plan import StagePlan
 MAX_DEPTH = 256
 """Deeper directories are refused: each level holds descriptors open."""
 MAX_ENTRIES = 200_000
-MAX_NAME_BYTES = 64 * 1024 * 1024
+MAX_NAME_BYTES = 16 * 1024 * 1024
 """Of all paths of one answer together."""
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -194,7 +194,10 @@ class Comparison:
         self._entries += 1
         self._name_bytes += len(path)
         if self._entries > MAX_ENTRIES or self._name_bytes > MAX_NAME_BYTES:
-            raise TooMuch(f"more than {MAX_ENTRIES} paths differ; compare fewer directories (paths)")
+            raise TooMuch(
+                f"more than {MAX_ENTRIES} paths differ, or {MAX_NAME_BYTES >> 20} MiB of their names; "
+                "compare fewer directories (paths)"
+            )
         where.append(path)
         self._notice(path, before, after)
 
@@ -272,16 +275,31 @@ def _same_bytes(before: Entry, after: Entry) -> bool:
     try:
         two = after.open()
         try:
-            while True:
-                piece = os.read(one, _CHUNK)
-                if piece != os.read(two, _CHUNK):
+            offset, size = 0, before.status.st_size
+            while offset < size:
+                # What is a hole in both is not read: a terabyte of them takes nothing to make.
+                offset = min(_next_data(one, offset, size), _next_data(two, offset, size))
+                piece = os.pread(one, _CHUNK, offset)
+                if piece != os.pread(two, _CHUNK, offset):
                     return False
                 if not piece:
-                    return True
+                    break
+                offset += len(piece)
+            return os.fstat(one).st_size == os.fstat(two).st_size
         finally:
             os.close(two)
     finally:
         os.close(one)
+
+
+def _next_data(fd: int, offset: int, size: int) -> int:
+    """Where the next bytes that are no hole begin; `size` if there are none (lseek(2))."""
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA)
+    except OSError as exc:
+        if exc.errno == errno.ENXIO:
+            return size
+        raise
 
 
 def overlays_of(stage: StagePlan, paths: Sequence[str]) -> Iterator[Tuple[str, str, str, str]]:

@@ -18,7 +18,7 @@ from podflare.guest.process.compare import Entry
 
 MAX_PATCHES = 200
 MAX_FILE_BYTES = 1 << 20
-MAX_PATCH_BYTES = 16 * 1024 * 1024
+MAX_PATCH_BYTES = 8 * 1024 * 1024
 """Of all patches of one answer together."""
 TIME_S = 5.0
 """For all patches of one answer: the lines of two files can be such that comparing them takes minutes."""

@@ -409,7 +409,10 @@ class ThreeWay:
         self._entries += 1
         self._name_bytes += len(path)
         if self._entries > _LOOKS * MAX_ENTRIES or self._name_bytes > _LOOKS * MAX_NAME_BYTES:
-            raise TooMuch(f"more than {MAX_ENTRIES} paths to merge; merge fewer directories (files)")
+            raise TooMuch(
+                f"more than {MAX_ENTRIES} paths to merge, or {MAX_NAME_BYTES >> 20} MiB of their names; "
+                "merge fewer directories (files)"
+            )
 
 
 def _resolve(stacks: Stacks, name: str) -> Trio:
