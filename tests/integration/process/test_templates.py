@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -379,6 +380,22 @@ def test_a_zygote_that_dies_with_an_order_in_hand(portal: BlockingPortal, root: 
             time.sleep(0.01)
         assert not Path(f"/proc/{pid}").exists()
         living.close()
+
+
+def test_words_that_nobody_reads_hold_no_sandbox_up(portal: BlockingPortal, root: Path) -> None:
+    """A sandbox whose first process goes wrong ends, however many before it have said why while nobody listened."""
+    with started(portal, root) as engine:
+        broken = create(portal, engine, "tiny")
+        process = engine._zygotes._warm["tiny"].zygote._process
+        assert process is not None and process.stderr is not None
+        words = os.open(f"/proc/self/fd/{process.stderr.fileno()}", os.O_WRONLY | os.O_NONBLOCK)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(words, b"podflare: why\n" * 300)
+        os.close(words)
+        broken.machine.channel.send(bytes(64))  # no frame
+        assert portal.start_task_soon(broken.machine.wait_dead).result(30).reason
+        broken.close()
 
 
 def children_of(pid: int) -> list[int]:

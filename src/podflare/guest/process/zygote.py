@@ -42,6 +42,8 @@ def main(argv: List[str]) -> NoReturn:
     except BaseException as exc:
         _answer(control, {"error": f"{type(exc).__name__}: {exc}"})
         os._exit(1)
+    # The daemon reads this pipe at our end only, and all machines write to it: full it must not hold them up.
+    os.set_blocking(2, False)
     _answer(control, {"ok": True, "python": sys.version.split()[0], "cold": cold})
     _serve(control, plan, stage.write_id_maps if mapper is None else mapper.write_id_maps)
     os._exit(0)
