@@ -291,7 +291,7 @@ def _groups_of_others(temp: Path, groups: set[str]) -> set[str]:
 
 
 def _groups(processes: dict[int, str]) -> set[str]:
-    """Control groups of ours that are empty or hold our descendants; those of other daemons here do not count."""
+    """Control groups of ours that are empty or hold our descendants; those of other daemons or users do not count."""
     found: set[str] = set()
     for line in Path("/proc/self/mounts").read_text().splitlines():
         _, top, kind, *_ = line.split()
@@ -302,9 +302,10 @@ def _groups(processes: dict[int, str]) -> set[str]:
             if not Path(path).parent.name.startswith("podflare-"):
                 continue
             try:
+                mine = os.stat(path).st_uid == os.geteuid()
                 pids = {int(pid) for pid in Path(path, "cgroup.procs").read_text().split()}
             except OSError:
                 continue
-            if not pids - set(processes):
+            if mine and not pids - set(processes):
                 found.add(path)
     return found

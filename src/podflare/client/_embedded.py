@@ -28,7 +28,7 @@ from podflare.client import _config
 from podflare.client._config import Address
 from podflare.errors import DaemonStartFailed
 
-START_TIMEOUT_S = 20.0
+START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 7.0
 """After SIGTERM; the daemon itself takes at most 5 s to close its sandboxes."""
 MAX_SOCKET_PATH_BYTES = 107

@@ -10,13 +10,14 @@ import importlib.util
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -34,6 +35,7 @@ _START_S = 40.0
 _STOP_S = 20.0
 _PROGRAM_S = 300.0
 _IDLE_S = 300
+_FOLDER = "podflare-demo-"
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def _gateway(upstream: str, host: str | None, environment: dict[str, str]) -> It
     command = [sys.executable, "-m", "podflare", "gateway", "--port", "0", "--announce", "--upstream", upstream]
     command += ["--idle-timeout", str(_IDLE_S)]  # what outlives a killed demo at a daemon of the user's ends soon
     with ExitStack() as stack:
-        data_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="podflare-demo-"))
+        data_dir, lock = stack.enter_context(_data_folder())
         stack.callback(_end_sandboxes, host, Path(data_dir, "gateway.sqlite"))
         log = stack.enter_context(tempfile.TemporaryFile())
         its_end, our_end = os.pipe()
@@ -102,12 +104,47 @@ def _gateway(upstream: str, host: str | None, environment: dict[str, str]) -> It
                 stderr=log,
                 env=environment,
                 start_new_session=True,  # Ctrl-C is for the demo, which then ends the gateway
+                pass_fds=[lock],
             )
             stack.callback(_stop, process)
             _end_with_us(its_end, process.pid)
         finally:
             os.close(its_end)
         yield _address(process, log)
+
+
+@contextmanager
+def _data_folder() -> Iterator[tuple[str, int]]:
+    """A temporary directory and the descriptor that locks it, for as long as a process has that open.
+
+    It goes with the block; after a SIGKILL of this process with the next demo.
+    """
+    base = Path(tempfile.gettempdir())
+    for left in base.glob(f"{_FOLDER}*"):
+        with suppress(OSError):  # of a demo that runs, of another user, or just removed by another demo
+            os.close(_locked(left))
+            shutil.rmtree(left)
+    unlocked = Path(tempfile.mkdtemp(prefix=f".{_FOLDER}", dir=base))  # under a name that nobody removes
+    lock = _locked(unlocked)
+    folder = unlocked.rename(base / unlocked.name[1:])
+    try:
+        yield str(folder), lock
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _locked(folder: Path) -> int:
+    """Raises: OSError if a process has locked it, or it is not this user's."""
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if os.fstat(lock).st_uid != os.geteuid():
+            raise PermissionError(f"{folder} is another user's")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
 
 
 def _end_sandboxes(host: str | None, index_file: Path) -> None:

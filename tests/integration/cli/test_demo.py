@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import signal
 import socket
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -62,18 +65,36 @@ def test_a_program_for_the_hosted_tool_runs_as_it_is(cli: Cli, monkeypatch: pyte
 
 
 def test_a_killed_demo_takes_its_gateway_with_it(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even SIGKILL leaves a gateway behind; SIGTERM ends it in order."""
+    """Not even SIGKILL leaves a gateway behind, and its files go with the next demo; SIGTERM ends all in order."""
     monkeypatch.delitem(cli.environment, "PODFLARE_HOSTD_URL")
-    for number, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)):
-        with tempfile.TemporaryDirectory() as folder:
-            monkeypatch.setitem(cli.environment, "TMPDIR", folder)
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setitem(cli.environment, "TMPDIR", folder)
+        for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)):
             process = cli.start("demo", "--scripted", "--way", "3")
             assert process.stdout is not None
             address = next(line.split()[1].rstrip(",") for line in process.stdout if line.startswith("gateway"))
+            (files,) = Path(folder).glob("podflare-demo-*")
             process.send_signal(number)
             process.communicate(timeout=30)
             assert process.returncode == code
             _assert_gone(address)
+            _wait_until_free(files)
+        assert list(Path(folder).glob("podflare-demo-*")) == []
+
+
+def _wait_until_free(folder: Path) -> None:
+    """Return when no process of the demo has the directory's lock any more, or it is gone."""
+    deadline = time.monotonic() + 20
+    while folder.exists():
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            assert time.monotonic() < deadline, "the gateway did not end"
+            time.sleep(0.02)  # as below
+        finally:
+            os.close(fd)
 
 
 def _assert_gone(address: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+START_S = 60.0
 END_S = 20.0
 
 
@@ -27,7 +29,8 @@ class Served:
         command += ["--data-dir", f"{data_dir}/d", "--pool-size", "0"]
         with open(f"{data_dir}/log", "ab") as log:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
-        line = self.process.stdout.readline()
+        ready, _, _ = select.select([self.process.stdout], [], [], START_S)
+        line = self.process.stdout.readline() if ready else b""
         assert line, Path(f"{data_dir}/log").read_text()[-3000:]
         assert json.loads(line)["ready"]
 
