@@ -76,7 +76,15 @@ def portal() -> Iterator[BlockingPortal]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    """What `make test-microvm` and `make test-kvm` choose by."""
     parser.addoption("--microvm", action="store_true", help="only what virtual machines run in, and all that could be")
+    parser.addoption("--vmm", choices=("qemu", "firecracker", "cut"), default="qemu", help="what runs virtual machines")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Engines in tests, and daemons that tests start, take the VMM of --vmm."""
+    vms.vmm = config.getoption("--vmm")
+    os.environ["PODFLARE_VMM"] = "qemu" if vms.vmm == "cut" else vms.vmm
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

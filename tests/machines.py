@@ -36,10 +36,20 @@ class DrivenMachine:
     def __init__(self, portal: anyio.from_thread.BlockingPortal, machine: Machine) -> None:
         self._portal = portal
         self.machine = machine
-        self._decoder = frames.Decoder()
         self._channel = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        """Read the first word of a conversation."""
+        self._spoken = self.machine.channel
+        self._decoder = frames.Decoder()
         self._pending: list[frames.Frame] = []
         assert isinstance(from_guest(self._next(10).payload), Ready)
+
+    def rejoin(self) -> None:
+        """After a fork or a snapshot: go on over the machine's channel of now."""
+        if self.machine.channel is not self._spoken:
+            self._begin()
 
     @classmethod
     def create(
@@ -56,6 +66,7 @@ class DrivenMachine:
     def fork(self, count: int = 1, *, reseed: bool = True, timeout_s: float = 60) -> list[DrivenMachine]:
         """Forks of this machine, to be closed by the caller."""
         children = self._portal.call(lambda: self.machine.fork(count, reseed=reseed, timeout_s=timeout_s))
+        self.rejoin()
         driven = [DrivenMachine(self._portal, child) for child in children]
         for one in driven:
             one._channel = self._channel  # cells of one memory must not share names
@@ -66,6 +77,11 @@ class DrivenMachine:
         """The process of the computer that guards it: its agent, or its hypervisor."""
         machine: Any = self.machine
         return int(machine.vm.pid if hasattr(machine, "vm") else machine.agent_pid)
+
+    def snapshot(self, name: str) -> None:
+        """Keep this machine as it is now."""
+        self._portal.call(lambda: self.machine.snapshot(name, timeout_s=60))
+        self.rejoin()
 
     def call(self, function: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> Any:
         """Run a coroutine function of the machine on the engine's loop."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import cutting
 from machines import LIMITS
 from podflare import Sandbox
 from podflare.engines.base import Engine, EngineOptions, MachineSpec
@@ -26,6 +27,8 @@ PROGRAMS = ("qemu-system-x86_64", "mkfs.ext4")
 """What running virtual machines needs, besides what building an image does."""
 
 
+vmm = "qemu"
+"""Set by pytest's option --vmm: qemu, firecracker (make test-kvm), or cut (cutting.py)."""
 MARKS = (pytest.mark.timeout(400), pytest.mark.microvm)
 """Of tests in which virtual machines run: the first one waits for the image and its first boot."""
 
@@ -60,10 +63,16 @@ def default_image(store: ImageStore) -> Image:
     return build(recipe.default(), store, again=False, tell=lambda step, done: None).image
 
 
+def engine_of(options: EngineOptions, store: ImageStore) -> MicrovmEngine:
+    """A microvm engine on the VMM that these tests are to run on, not started."""
+    options = replace(options, image_dir=str(store.root), vmm="auto" if vmm == "cut" else vmm)
+    return MicrovmEngine(options, cutting.find if vmm == "cut" else None)
+
+
 async def started_engine(options: EngineOptions, store: ImageStore) -> MicrovmEngine:
     """A microvm engine whose default template has been booted: later machines are restored."""
     default_image(store)
-    engine = MicrovmEngine(replace(options, image_dir=str(store.root)))
+    engine = engine_of(options, store)
     await engine.start()
     await boot(engine)
     return engine

@@ -6,7 +6,6 @@ import shutil
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ import vms
 from machines import DrivenMachine
 from podflare.engines.base import Engine, EngineOptions
 from podflare.engines.fake import FakeEngine
-from podflare.engines.microvm.engine import MicrovmEngine
 from podflare.engines.microvm.image.store import ImageStore
 from podflare.engines.process.engine import ProcessEngine
 
@@ -37,7 +35,7 @@ async def make_microvm(folder: Path, images: ImageStore | None) -> Engine:
     options = EngineOptions(data_dir=str(folder), instance=folder.name)
     started = await vms.started_engine(options, images)
     await started.aclose()  # it has booted now, which the time limits of these tests do not allow for
-    return MicrovmEngine(replace(options, image_dir=str(images.root)))
+    return vms.engine_of(options, images)
 
 
 Maker = Callable[[Path, ImageStore | None], Awaitable[Engine]]

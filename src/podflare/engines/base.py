@@ -204,7 +204,11 @@ class Machine(Protocol):
     fork_report: dict[str, Any]
     """Of a forked machine: what could not cross from its parent (threads, processes, sockets, pipes, terminals)."""
     channel: socket.socket
-    """Connected, non-blocking stream to the guest agent.  Closed by `aclose`."""
+    """Connected, non-blocking stream to the guest agent.  Closed by `aclose`.
+
+    `fork` and `snapshot` may put another one in its place, also if they fail, with Ready unread; what was under way in
+    the former one is lost then, and nobody answers there any more.
+    """
 
     @property
     def uplink(self) -> UplinkEnds | None:
@@ -264,6 +268,7 @@ class Machine(Protocol):
     async def snapshot(self, name: str, *, timeout_s: float) -> None:
         """Keep this running machine on disk under a name, exact, memory included; it goes on at once.
 
+        Precondition: no cell runs.  Called by the host under the sandbox's exec lock.
         What is kept outlives this machine and this daemon, and can be restored any number of times (Engine.restore).
         Raises: NotBuilt if the engine cannot keep machines; BadRequest for a name that cannot be one; Conflict if it
             is taken; MachineFailed, DeadlineExceeded.  Then nothing is kept.

@@ -64,7 +64,8 @@ class Branches:
                 turn = time.monotonic()
                 left_s = max(LEAST_S, request.timeout_seconds - (turn - start))
                 try:
-                    machines = await parent.machine.fork(request.n, reseed=request.reseed, timeout_s=left_s)
+                    async with parent.saved():
+                        machines = await parent.machine.fork(request.n, reseed=request.reseed, timeout_s=left_s)
                 except MachineFailed:
                     parent.touch()  # if it is ending, that is the cause
                     raise

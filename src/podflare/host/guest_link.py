@@ -46,6 +46,7 @@ class GuestLink(asyncio.Protocol):
         self._holds = 0
         self.down = ""
         """Why the link ended; empty while it lives."""
+        self._expected = ""
         self.when_down: Callable[[str, bool], None] | None = None
         """Called once when the link ends by the guest's doing: the cause, and whether the guest broke the protocol."""
 
@@ -132,6 +133,10 @@ class GuestLink(asyncio.Protocol):
         self.when_down = None
         self._end(cause)
 
+    def expect_end(self, cause: str) -> None:
+        """If the guest's side ends from now on that is why, and `when_down` is not called; "": no longer."""
+        self._expected = cause
+
     # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -163,7 +168,7 @@ class GuestLink(asyncio.Protocol):
         self._greeted.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._end(f"the guest's channel broke: {exc}" if exc else "the guest closed its channel")
+        self._end(self._expected or (f"the guest's channel broke: {exc}" if exc else "the guest closed its channel"))
 
     def pause_writing(self) -> None:
         self._writable.clear()
@@ -183,6 +188,6 @@ class GuestLink(asyncio.Protocol):
         listeners, self._listeners = list(self._listeners.values()), {}
         for listener in listeners:
             listener.on_down(cause)
-        if self.when_down is not None:
+        if self.when_down is not None and (violation or not self._expected):
             self.when_down(cause, violation)
             self.when_down = None

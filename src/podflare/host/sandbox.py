@@ -11,7 +11,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from podflare.host.lifecycle import State, Step, step
 from podflare.host.lineage import Lineage, Terms, losses
 from podflare.host.output import ReplayBuffer
 from podflare.host.pace import Pace
+from podflare.host.relinking import across_save
 from podflare.host.turns import Turn
 from podflare.wire import events
 from podflare.wire.api import ExecRequest, LifetimesRequest, SandboxInfo, SandboxUsage, ToolAnswer
@@ -266,6 +267,14 @@ class Sandbox:
         """The conversation with the guest of now; `become` replaces it."""
         return self._link
 
+    def saved(self) -> AbstractAsyncContextManager[None]:
+        """Around a fork or a snapshot of its machine; a turn is held."""
+        return across_save(self._machine, self._link, self._take_link, self._on_link_down)
+
+    def _take_link(self, link: GuestLink) -> None:
+        self._link = link
+        link.when_down = self._on_link_down
+
     def heritage(self) -> Lineage:
         """What a fork made now has of this sandbox."""
         return Lineage(self.id, self.lineage.generation + 1, self._names)
@@ -297,7 +306,7 @@ class Sandbox:
         former, released = self._body, asyncio.Event()
         self._machine, self._link, self._outlet = winner._surrender(f"merged into {self.id}")
         self._seen = join_logs(self._seen if seen is None else seen, winner._seen)
-        self._link.when_down = self._on_link_down
+        self._take_link(self._link)
         self.terms = replace(
             winner.terms,
             timeout_seconds=self.terms.timeout_seconds,

@@ -20,8 +20,8 @@ from podflare.engines.microvm.firecracker import Firecracker, FirecrackerVm, Pro
 from podflare.engines.microvm.firecracker_orders import DiskRate, Order
 from podflare.engines.microvm.image.store import Image
 from podflare.engines.microvm.vmm import BootSource, Drives, SavedVm, Shape
-from podflare.engines.microvm.vsock import PortRelay
-from podflare.errors import MachineFailed
+from podflare.engines.microvm.vsock import connect
+from podflare.errors import DeadlineExceeded, MachineFailed
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
 
@@ -110,6 +110,8 @@ async def test_a_vm_is_configured_saved_and_goes_on_many_times(vmm, folder, runn
             for number in range(3):
                 group.start_soon(restore, number)
         assert len({child.pid for child in children}) == 3
+        with pytest.raises(DeadlineExceeded, match="nobody in the virtual machine listened on port 7000"):
+            await running.open_channels(timeout_s=0.05)  # the device is there, and its guest not yet
         for child in children:
             assert (await child.order(Order("GET", "/")))["state"] == "Paused"
             await child.resume()
@@ -141,6 +143,8 @@ async def test_a_vmm_is_confined_and_its_end_is_noticed(programs, running):
         assert await running.wait_dead() == "Firecracker ended by signal 9"
     with pytest.raises(MachineFailed, match="did not answer /vm"):
         await running.resume()
+    with pytest.raises(MachineFailed, match="ended by signal 9"):
+        await running.open_channels(timeout_s=20)
 
 
 async def test_what_firecracker_refuses_is_told(vmm, folder, image, running):
@@ -178,36 +182,37 @@ async def test_a_program_that_is_not_firecracker_is_told(folder, image, monkeypa
         await vmm.boot(directory, SHAPE, BootSource(image.vmlinux, image.initrd, ""), drives)
 
 
-async def test_ports_outlive_their_connections(folder):
-    """A port's socket lasts while the device's connections come and go, refuse and break; its close ends all."""
+async def test_a_port_is_connected_as_soon_as_somebody_listens(folder):
+    """A refusal, a silence and nonsense are tried again, what follows the answer is the guest's; nobody is told."""
+    answers = [b"", b"nonsense without end that is no answer at all\n", b"NO\n", b"OK 1073741824\nhello\n"]
     heard: list[bytes] = []
-    connections = 0
-    device = await asyncio.start_unix_server(lambda reader, writer: serve(reader, writer), folder / "vsock")
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal connections
-        connections += 1
         heard.append(await reader.readline())
-        if connections > 1:  # the first finds nobody who listens
-            writer.write(b"OK 1073741824\nhello %d\n" % connections)
-            heard.append(await reader.readline())
+        writer.write(answers.pop(0) if answers else b"")
         writer.close()
         await writer.wait_closed()
 
-    relay = PortRelay(folder / "vsock", 7000)
-    relay.start()
-    loop = asyncio.get_running_loop()
+    async with anyio.create_task_group() as group:
+        connected: list[socket.socket] = []
+
+        async def keep() -> None:
+            connected.append(await connect(folder / "vsock", 7000, timeout_s=20))
+
+        group.start_soon(keep)  # before there is a device at all
+        await asyncio.sleep(0)
+        device = await asyncio.start_unix_server(serve, folder / "vsock")
     try:
-        with anyio.fail_after(20):
-            for number in (2, 3):
-                assert await read_line(relay.outer) == b"hello %d\n" % number
-                await loop.sock_sendall(relay.outer, b"word %d\n" % number)
-            assert await read_line(relay.outer) == b"hello 4\n"
+        with connected[0] as sock, anyio.fail_after(20):
+            assert await read_line(sock) == b"hello\n"
+        assert heard == [b"CONNECT 7000\n"] * 4
+        with pytest.raises(
+            DeadlineExceeded, match=r"nobody in the virtual machine listened on port 7000 within 0\.05 s"
+        ):
+            await connect(folder / "vsock", 7000, timeout_s=0.05)
     finally:
-        await relay.aclose()
         device.close()
         await device.wait_closed()
-    assert heard[:5] == [b"CONNECT 7000\n", b"CONNECT 7000\n", b"word 2\n", b"CONNECT 7000\n", b"word 3\n"]
 
 
 async def read_line(sock: socket.socket) -> bytes:

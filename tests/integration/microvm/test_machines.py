@@ -94,6 +94,8 @@ def test_a_fork_has_all_that_runs(machine: DrivenMachine, fork: Callable[..., li
 
 def test_a_transfer_under_way_is_the_parents(machine: DrivenMachine, fork: Callable[..., list[DrivenMachine]]) -> None:
     """A file that is being written while its machine is forked arrives in the parent, and in the fork not at all."""
+    if not machine.machine.vm.channels_survive:  # type: ignore[attr-defined]  # of this engine
+        pytest.skip("this VMM ends the transfers of a machine that is saved, which test_channels.py is about")
     channel = machine._channel = 50
     whole = frames.encode(frames.DATA, channel, b"x" * 50_000)
     machine.send(FileWrite("whole"))  # type: ignore[arg-type]  # any message of the host
@@ -120,6 +122,7 @@ def test_a_fork_that_is_given_up(machine: DrivenMachine) -> None:
                         await child.aclose()
 
         machine.call(give_up)
+        machine.rejoin()
         assert machine.run(f"print({after_s})").stdout == f"{after_s}\n"
     folder = machine.machine.directory.parent  # type: ignore[attr-defined]  # of this engine
     assert [path.name for path in folder.iterdir()] == [machine.machine.id]
@@ -194,7 +197,7 @@ def test_a_snapshot_outlives_its_engine(
     first = portal.call(start, "a")
     machine = DrivenMachine.create(portal, first)
     machine.run("import threading, time; x = [1]; stop = threading.Event(); threading.Thread(target=stop.wait).start()")
-    machine.call(lambda: machine.machine.snapshot("mine", timeout_s=60))
+    machine.snapshot("mine")
     assert machine.run("x.append(2); print(x)").stdout == "[1, 2]\n"
     portal.call(first.aclose)
     second = portal.call(start, "b")

@@ -50,9 +50,30 @@ async def test_stale_answers_are_skipped(pair: tuple[socket.socket, socket.socke
     conversation = Control(pair[0])
     with pytest.raises(DeadlineExceeded):
         await conversation.ask({"usage": True}, timeout_s=0.05)
+    first = int(json.loads(pair[1].recv(4096))["order"])
     for number in (1, 2):
-        pair[1].sendall(json.dumps({"order": number, "usage": number}).encode() + b"\n")
+        pair[1].sendall(json.dumps({"order": first + number - 1, "usage": number}).encode() + b"\n")
     assert (await conversation.ask({"usage": True}, timeout_s=5))["usage"] == 2
+
+
+async def test_a_conversation_moves_to_another_socket(pair: tuple[socket.socket, socket.socket]) -> None:
+    """After a cut anywhere: half a line, an answer to nobody and bytes that are none are passed over, once."""
+    conversation = Control(pair[0])
+    with pytest.raises(DeadlineExceeded):
+        await conversation.ask({"usage": True}, timeout_s=0.05)
+    first = int(json.loads(pair[1].recv(4096))["order"])
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    with ours, theirs:
+        async with conversation.quiet():
+            conversation.move(ours)
+        theirs.sendall(b'half of an answer"}\n\xff\n[1]\n{"order": null}\n')
+        theirs.sendall(json.dumps({"order": first + 1, "usage": 7}).encode() + b"\n")
+        assert (await conversation.ask({"usage": True}, timeout_s=5))["usage"] == 7
+        assert theirs.recv(4096).startswith(b"\n{")  # what the guest had of an order ends here
+        theirs.sendall(b"nonsense\n")
+        with pytest.raises(MachineFailed, match="no answer"):
+            await conversation.ask({"usage": True}, timeout_s=5)
 
 
 async def test_a_line_without_end(pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch) -> None:

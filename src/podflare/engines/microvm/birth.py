@@ -70,6 +70,7 @@ async def bear(
         await vm.resume()
         network = network_order(spec, forked=forked)
         await renew(vm, machine.control, hostname=spec.hostname, reseed=reseed, network=network, timeout_s=timeout_s)
+        machine.channel = vm.channel
         await machine.limit_inside(spec.limits)
         await tell_time(machine.control)  # the first orders may have been under way for long
         return machine

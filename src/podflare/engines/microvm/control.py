@@ -1,5 +1,7 @@
 """The engine's conversation with the first process of a VM: one JSON object a line, an order and its answer.
 
+How it and the host's conversation begin anew, in a VM that was restored or whose channels did not survive a capture.
+
 User code may have taken over the whole VM, so what comes is hostile: bounded, and believed in nothing but its effects
 on that VM.
 """
@@ -7,11 +9,12 @@ on that VM.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import secrets
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import anyio
@@ -25,6 +28,8 @@ MAX_LINE_BYTES = 32 * 1024 * 1024
 TOKEN_BYTES = 32
 MAX_STALE_BYTES = 16 * 1024 * 1024
 """What a restored VM may still send of its former conversation."""
+TRY_TIMEOUTS_S = (1.0, 2.0, 5.0, 60.0)
+"""For a conversation to begin over channels that were just opened, from one try to the next."""
 _READ_BYTES = 256 * 1024
 _SEED_BYTES = 64
 NO_NETWORK: Mapping[str, Any] = {"is": "none"}
@@ -33,11 +38,24 @@ NO_NETWORK: Mapping[str, Any] = {"is": "none"}
 class Control:
     """One VM's control port.  Orders are answered one after the other."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, *, stale: bool = False) -> None:
+        """Args: stale: what is left of a former conversation comes first in both directions, cut anywhere."""
         self._sock = sock
         self._lock = asyncio.Lock()
         self._rest = b""
-        self._number = 0
+        self._stale = stale
+        # An answer to an order of the former conversation must not pass for one of this.
+        self._number = secrets.randbits(32)
+
+    def move(self, sock: socket.socket) -> None:
+        """Go on over another socket.  Precondition: within `quiet`."""
+        self._sock, self._rest, self._stale = sock, b"", True
+
+    @contextlib.asynccontextmanager
+    async def quiet(self) -> AsyncIterator[None]:
+        """Within the block no order of anybody else is under way."""
+        async with self._lock:
+            yield
 
     async def ask(self, order: Mapping[str, Any], *, timeout_s: float) -> dict[str, Any]:
         """Give an order and return its answer.
@@ -45,24 +63,40 @@ class Control:
         Raises: MachineFailed if it was refused, or answered by what is none; DeadlineExceeded.
         If cancelled: it may be carried out; its answer is not taken for that of the next one.
         """
-        name = next(iter(order))
         try:
             with anyio.fail_after(timeout_s):
                 async with self._lock:
-                    self._number += 1
-                    number = self._number
-                    line = json.dumps({**order, "order": number}).encode() + b"\n"
-                    await asyncio.get_running_loop().sock_sendall(self._sock, line)
-                    while True:
-                        answer = _decode(await self._line())
-                        if answer.get("order") == number:
-                            break
+                    return await self._exchange(order)
         except TimeoutError:
-            raise DeadlineExceeded(f"a virtual machine did not answer {name!r} within {timeout_s:g} s") from None
+            raise _silence(order, timeout_s) from None
+
+    async def ask_in_quiet(self, order: Mapping[str, Any], *, timeout_s: float) -> dict[str, Any]:
+        """As `ask`, for who has `quiet`."""
+        try:
+            with anyio.fail_after(timeout_s):
+                return await self._exchange(order)
+        except TimeoutError:
+            raise _silence(order, timeout_s) from None
+
+    async def _exchange(self, order: Mapping[str, Any]) -> dict[str, Any]:
+        self._number += 1
+        line = json.dumps({**order, "order": self._number}).encode() + b"\n"
+        if self._stale:
+            line = b"\n" + line  # the guest may have had the first half of an order
+        try:
+            await asyncio.get_running_loop().sock_sendall(self._sock, line)
+            answer: dict[str, Any] = {}
+            while answer.get("order") != self._number:
+                try:
+                    answer = _decode(await self._line())
+                except ValueError as exc:
+                    if not self._stale:
+                        raise MachineFailed(f"a virtual machine answered with what is no answer: {exc}") from exc
+            self._stale = False
         except OSError as exc:
             raise MachineFailed(f"a virtual machine cannot be reached: {exc}") from exc
         if "failed" in answer:
-            raise MachineFailed(f"a virtual machine could not do {name!r}: {str(answer['failed'])[:500]}")
+            raise MachineFailed(f"a virtual machine could not do {next(iter(order))!r}: {str(answer['failed'])[:500]}")
         return answer
 
     async def _line(self) -> bytes:
@@ -77,13 +111,18 @@ class Control:
         return line
 
 
+def _silence(order: Mapping[str, Any], timeout_s: float) -> DeadlineExceeded:
+    return DeadlineExceeded(f"a virtual machine did not answer {next(iter(order))!r} within {timeout_s:g} s")
+
+
 def _decode(line: bytes) -> dict[str, Any]:
+    """Raises: ValueError."""
     try:
         body = json.loads(line)
-    except (ValueError, RecursionError) as exc:
-        raise MachineFailed(f"a virtual machine answered with what is no JSON: {exc}") from exc
+    except RecursionError as exc:
+        raise ValueError("nested too deep") from exc
     if not isinstance(body, dict):
-        raise MachineFailed("a virtual machine answered with what is no object")
+        raise ValueError("no object")
     return body
 
 
@@ -103,18 +142,47 @@ async def renew(
     on both sides up to a token that nobody else knows.  Afterwards Ready is unread on the channel.
     Raises: MachineFailed; DeadlineExceeded.
     """
-    token = secrets.token_bytes(TOKEN_BYTES)
-    order = {
-        "time": time.time_ns(),
-        "seed": secrets.token_hex(_SEED_BYTES),
-        "hostname": hostname,
-        "machine_id": secrets.token_hex(16),
-        "token": token.hex(),
-        "reseed": reseed,
-        "network": network,
-    }
+
+    def restored(token: str) -> dict[str, Any]:
+        order = {"time": time.time_ns(), "seed": secrets.token_hex(_SEED_BYTES), "reseed": reseed, "token": token}
+        identity = {"hostname": hostname, "machine_id": secrets.token_hex(16), "network": network}
+        return {"restored": {**order, **identity}}
+
+    async with control.quiet():
+        await _begin_anew(vm, control, restored, timeout_s)
+
+
+async def rejoin(vm: Vm, control: Control, *, timeout_s: float) -> None:
+    """Go on with a VM whose channels a capture has ended, over new ones.  It stays what it is.
+
+    File transfers that were under way are over; what the guest keeps for the next cell is kept.  Afterwards Ready is
+    unread on the channel.  Precondition: within `control.quiet`; no cell runs.
+    Raises: MachineFailed; DeadlineExceeded.
+    """
+    await _begin_anew(vm, control, lambda token: {"rejoined": {"token": token}}, timeout_s)
+
+
+async def _begin_anew(vm: Vm, control: Control, order: Callable[[str], dict[str, Any]], timeout_s: float) -> None:
     ends_s = time.monotonic() + timeout_s
-    await control.ask({"restored": order}, timeout_s=timeout_s)
+    for number, try_s in enumerate(TRY_TIMEOUTS_S, 1):
+        left_s = ends_s - time.monotonic()
+        last = vm.channels_survive or number == len(TRY_TIMEOUTS_S) or left_s <= try_s
+        try:
+            await _try_anew(vm, control, order, left_s if last else try_s)
+            return
+        except (MachineFailed, DeadlineExceeded):
+            # A guest that hears of the end of all its connections after it has taken a new one ends that, too.
+            if last:
+                raise
+
+
+async def _try_anew(vm: Vm, control: Control, order: Callable[[str], dict[str, Any]], timeout_s: float) -> None:
+    token = secrets.token_bytes(TOKEN_BYTES)
+    ends_s = time.monotonic() + timeout_s
+    if not vm.channels_survive:
+        await vm.open_channels(timeout_s=timeout_s)
+        control.move(vm.control)
+    await control.ask_in_quiet(order(token.hex()), timeout_s=max(0.01, ends_s - time.monotonic()))
     try:
         # Not sooner: until then what comes is for the agent.
         await asyncio.get_running_loop().sock_sendall(vm.channel, token)

@@ -20,7 +20,7 @@ from podflare.engines.microvm import probe
 from podflare.engines.microvm.birth import Nursery, bear
 from podflare.engines.microvm.clocks import keep_clocks
 from podflare.engines.microvm.diff import compare_machines
-from podflare.engines.microvm.fork import fork_machine, save
+from podflare.engines.microvm.fork import fork_machine, mark, save
 from podflare.engines.microvm.images import Images
 from podflare.engines.microvm.machine import MicrovmMachine
 from podflare.engines.microvm.origins import Origins
@@ -208,6 +208,7 @@ class MicrovmEngine:
 
     async def _snapshot(self, machine: MicrovmMachine, name: str, timeout_s: float) -> None:
         async def keep() -> tuple[MicrovmMachine, ...]:
+            await mark(machine, timeout_s=timeout_s)
             with self._saved.keeping(name, machine.root, machine.shape) as origin:
                 await save(machine, origin)
                 self._saved.describe(origin, machine.spec, self._machine_key)

@@ -24,7 +24,7 @@ import anyio
 import httpx
 
 from podflare.engines.linux.ending import END_TIMEOUT_S
-from podflare.engines.linux.waiting import resolve
+from podflare.engines.linux.waiting import resolve, to_the_end
 from podflare.engines.microvm import firecracker_orders as orders
 from podflare.engines.microvm import memory
 from podflare.engines.microvm.confinement import Confinement
@@ -39,7 +39,7 @@ from podflare.engines.microvm.vmm import (
     SavedVm,
     Shape,
 )
-from podflare.engines.microvm.vsock import PortRelay
+from podflare.engines.microvm.vsock import connect
 from podflare.errors import MachineFailed
 
 BINARY, JAILER = "firecracker", "jailer"
@@ -93,7 +93,7 @@ class Firecracker:
     name = "firecracker"
     accelerator: Accelerator = "kvm"
     kernel_kind: Literal["bzImage", "vmlinux"] = "vmlinux"
-    no_network = "virtual machines of Firecracker have no network yet; those of QEMU can"
+    no_network = "virtual machines of Firecracker have no network yet; those of QEMU can: podflare serve --vmm qemu"
 
     def __init__(self, programs: Programs, confinement: Confinement, rate: DiskRate | None = None) -> None:
         self._programs, self._confinement = programs, confinement
@@ -105,7 +105,6 @@ class Firecracker:
         os.ftruncate(base, shape.memory_bytes)
         vm = await self._started(directory, files, base)
         await vm.prepared(orders.boot_orders(shape, source.command_line, self._rate))
-        vm.connect_ports()
         return vm
 
     async def restore(self, directory: Path, shape: Shape, saved: SavedVm, drives: Drives) -> FirecrackerVm:
@@ -182,13 +181,19 @@ class Firecracker:
         return root
 
 
+def _unconnected() -> socket.socket:
+    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+
+
 def _drives(drives: Drives) -> dict[str, Path]:
     return {orders.ROOT: drives.root, orders.DISK: drives.disk}
 
 
 class FirecrackerVm:
-    """See vmm.Vm.  A capture ends the guest's connections, also those of the VM that goes on: what is under way in
-    them at that moment is lost (vsock.py)."""
+    """See vmm.Vm."""
+
+    channels_survive = False
+    """The device ends them with each capture (vsock.py)."""
 
     frames: socket.socket | None = None
 
@@ -202,8 +207,8 @@ class FirecrackerVm:
         self._api = str(here / orders.API_SOCKET)
         transport = httpx.AsyncHTTPTransport(uds=self._api, verify=False)
         self._client = httpx.AsyncClient(transport=transport, base_url="http://firecracker", timeout=ORDER_TIMEOUT_S)
-        self._relays = tuple(PortRelay(here / orders.VSOCK, port) for port in (CHANNEL_VSOCK_PORT, CONTROL_VSOCK_PORT))
-        self.channel, self.control = (relay.outer for relay in self._relays)
+        self._device = here / orders.VSOCK
+        self.channel, self.control = (_unconnected() for _ in range(2))
         self._closing: asyncio.Task[None] | None = None
         loop = asyncio.get_running_loop()
         self._gone: asyncio.Future[None] = loop.create_future()
@@ -253,14 +258,26 @@ class FirecrackerVm:
             raise MachineFailed(f"Firecracker refused {order.path}: {str(reason)[:_MAX_FAULT_CHARS]}")
         return told
 
-    def connect_ports(self) -> None:
-        """Let `channel` and `control` reach the guest, as soon as it listens."""
-        for relay in self._relays:
-            relay.start()
+    async def open_channels(self, *, timeout_s: float) -> None:
+        opening = asyncio.get_running_loop().create_task(self._open_channels(timeout_s))
+        try:
+            await asyncio.wait([opening, self._gone], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            opening.cancel()
+            await asyncio.wait([opening])
+        if opening.cancelled():
+            raise MachineFailed(f"the virtual machine is gone: {await self.wait_dead()}")
+        opening.result()
+
+    async def _open_channels(self, timeout_s: float) -> None:
+        ends_s = time.monotonic() + timeout_s
+        for name, port in (("channel", CHANNEL_VSOCK_PORT), ("control", CONTROL_VSOCK_PORT)):
+            sock = await connect(self._device, port, timeout_s=max(0.0, ends_s - time.monotonic()))
+            getattr(self, name).close()
+            setattr(self, name, sock)
 
     async def resume(self) -> None:
         await self.order(orders.state_order("Resumed"))
-        self.connect_ports()
 
     async def set_balloon(self, size_bytes: int) -> None:
         """Take this much memory from the guest; 0 gives all back.  Raises: MachineFailed."""
@@ -271,6 +288,10 @@ class FirecrackerVm:
         await self.order(orders.rate_order(rate))
 
     async def capture(self, to: SavedVm, *, while_paused: Callable[[], Awaitable[None]]) -> float:
+        # A caller that gives up must leave neither a VM that stands still nor a thread with a closed descriptor.
+        return await to_the_end(self._capture(to, while_paused))
+
+    async def _capture(self, to: SavedVm, while_paused: Callable[[], Awaitable[None]]) -> float:
         loop = asyncio.get_running_loop()
         target = os.open(to.memory, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
@@ -284,8 +305,7 @@ class FirecrackerVm:
                 await while_paused()
                 await self.order(orders.save_order())
             finally:
-                with anyio.CancelScope(shield=True):
-                    await self.order(orders.state_order("Resumed"))
+                await self.order(orders.state_order("Resumed"))
             pause_s = time.monotonic() - start_s
             await loop.run_in_executor(None, self._take, target, to)
         except OSError as exc:
@@ -321,8 +341,8 @@ class FirecrackerVm:
         if done:
             self._process.wait()
         asyncio.get_running_loop().remove_reader(self._pidfd)
-        for relay in self._relays:
-            await relay.aclose()
+        for sock in (self.channel, self.control):
+            sock.close()
         await self._client.aclose()
         for fd in (self._pidfd, self._base, self._folder):
             os.close(fd)

@@ -18,11 +18,14 @@ from podflare.engines.linux.ending import remove_tree
 from podflare.engines.linux.waiting import to_the_end
 from podflare.engines.microvm.birth import Nursery, bear
 from podflare.engines.microvm.clocks import tell_time
+from podflare.engines.microvm.control import rejoin
 from podflare.engines.microvm.disks import copy_disk
 from podflare.engines.microvm.machine import MicrovmMachine
 from podflare.engines.microvm.origins import Origin
+from podflare.errors import PodflareError
 
 MARK_TIMEOUT_S = 20.0
+REJOIN_TIMEOUT_S = 20.0
 AT_A_TIME = 4
 """Children that are restored at the same time."""
 
@@ -34,8 +37,7 @@ async def fork_machine(
 
     Raises: as `save` and `bear`.  If cancelled: no child exists.
     """
-    # The variables of now are what parent and children have in common (guest/variables/bases.py).
-    await parent.control.ask({"mark": True}, timeout_s=min(timeout_s, MARK_TIMEOUT_S))
+    await mark(parent, timeout_s=timeout_s)
     folder = nursery.machines_dir / f"state-{secrets.token_hex(8)}"
     origin = Origin.within(folder, parent.root, parent.shape)
     children: list[MicrovmMachine] = []
@@ -70,6 +72,15 @@ async def fork_machine(
     return tuple(children)
 
 
+async def mark(machine: MicrovmMachine, *, timeout_s: float) -> None:
+    """The variables of now are what the machine and its copies have in common (guest/variables/bases.py).
+
+    Raises: MachineFailed if a cell runs: no copy could go on from the middle of it; DeadlineExceeded.
+    If cancelled: once it is done; a cell that comes meanwhile would be one too many for the guest.
+    """
+    await to_the_end(machine.control.ask({"mark": True}, timeout_s=min(timeout_s, MARK_TIMEOUT_S)))
+
+
 async def _remove(folder: Path) -> None:
     await asyncio.get_running_loop().run_in_executor(None, remove_tree, folder)
 
@@ -82,12 +93,35 @@ async def _close(machines: Sequence[MicrovmMachine]) -> None:
 async def save(machine: MicrovmMachine, origin: Origin) -> None:
     """Write the machine as it is now to the files of `origin`, whose folder exists.
 
+    Precondition: no cell runs.  Where its channels do not survive that, `machine.channel` is another one afterwards,
+    with Ready unread, also if saving failed.
     Raises: MachineFailed, OSError; the files are then the caller's to remove.
+    If cancelled: once the machine goes on.
     """
+    if machine.vm.channels_survive:
+        await _capture(machine, origin)
+    else:
+        await to_the_end(_capture_and_rejoin(machine, origin))
+    await tell_time(machine.control)  # its clock stood still, too
+
+
+async def _capture_and_rejoin(machine: MicrovmMachine, origin: Origin) -> None:
+    async with machine.control.quiet():
+        try:
+            await _capture(machine, origin)
+        finally:
+            try:
+                await rejoin(machine.vm, machine.control, timeout_s=REJOIN_TIMEOUT_S)
+                machine.channel = machine.vm.channel
+            except PodflareError as exc:
+                await machine.lose(f"it was saved and cannot be reached any more: {exc}")
+                raise
+
+
+async def _capture(machine: MicrovmMachine, origin: Origin) -> None:
     loop = asyncio.get_running_loop()
 
     async def copy() -> None:
         await loop.run_in_executor(None, copy_disk, machine.disk, origin.disk)
 
     machine.pause_s = await machine.vm.capture(origin.saved, while_paused=copy)
-    await tell_time(machine.control)  # its clock stood still, too

@@ -49,7 +49,7 @@ class MicrovmMachine:
         self.fork_report: dict[str, Any] = {}
         self.channel = vm.channel
         self.vm = vm
-        self.control = Control(vm.control)
+        self.control = Control(vm.control, stale=True)
         self.root = origin.root
         self.shape: Shape = origin.shape
         self.directory = directory
@@ -110,6 +110,11 @@ class MicrovmMachine:
     def _declare_dead(self, death: Death) -> None:
         if not self._death.done():
             self._death.set_result(death)
+
+    async def lose(self, why: str) -> None:
+        """End a machine with which nothing can be done any more, for this reason."""
+        self._declare_dead(Death(why))
+        await self.vm.aclose()
 
     def check_alive(self) -> None:
         """Raises: MachineFailed if it is gone."""

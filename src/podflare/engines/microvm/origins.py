@@ -23,7 +23,7 @@ from podflare.engines.linux.waiting import to_the_end, wait_readable
 from podflare.engines.microvm.disks import copy_disk, make_disk
 from podflare.engines.microvm.image.store import Image
 from podflare.engines.microvm.vmm import BootSource, Drives, SavedVm, Shape, Vm, Vmm
-from podflare.errors import DeadlineExceeded, TemplateFailed
+from podflare.errors import DeadlineExceeded, MachineFailed, TemplateFailed
 
 BOOT_TIMEOUT_S = 180.0
 """Translated (TCG), on a busy computer."""
@@ -150,9 +150,15 @@ async def _lock_file(path: Path) -> AsyncIterator[None]:
         yield
 
 
+async def _first_bytes(vm: Vm, what: str) -> None:
+    ends_s = time.monotonic() + BOOT_TIMEOUT_S
+    await vm.open_channels(timeout_s=BOOT_TIMEOUT_S)
+    await wait_readable(vm.channel, max(0.01, ends_s - time.monotonic()), what)
+
+
 async def _wait_ready(vm: Vm, name: str) -> None:
     """Raises: TemplateFailed with the last words of the console."""
-    ready = asyncio.ensure_future(wait_readable(vm.channel, BOOT_TIMEOUT_S, f"template {name!r} did not boot"))
+    ready = asyncio.ensure_future(_first_bytes(vm, f"template {name!r} did not boot"))
     dead = asyncio.ensure_future(vm.wait_dead())
     try:
         await asyncio.wait([ready, dead], return_when=asyncio.FIRST_COMPLETED)
@@ -160,7 +166,7 @@ async def _wait_ready(vm: Vm, name: str) -> None:
             await ready
             return
         how = await dead
-    except DeadlineExceeded as exc:
+    except (DeadlineExceeded, MachineFailed) as exc:
         raise TemplateFailed(f"{exc}; the last line of its console: {vm.console.last_line!r}") from exc
     finally:
         for task in (ready, dead):

@@ -46,8 +46,12 @@ class Qemu:
     kernel_kind: Literal["bzImage", "vmlinux"] = "bzImage"
     no_network = ""
 
-    def __init__(self, binary: str, accelerator: Accelerator, confinement: Confinement) -> None:
+    def __init__(
+        self, binary: str, accelerator: Accelerator, confinement: Confinement, vm: type[QemuVm] | None = None
+    ) -> None:
+        """Args: vm: what is made, in the place of a QemuVm."""
         self.accelerator = accelerator
+        self._vm = vm or QemuVm
         self._binary = binary
         self._confinement = confinement
 
@@ -123,7 +127,7 @@ class Qemu:
                 sock.close()
             raise MachineFailed(f"QEMU could not be started: {exc}") from exc
         monitor, channel, control, console, *frames_socket = ours
-        vm = QemuVm(process, directory, os.dup(base), channel, control, Console(console), *frames_socket)
+        vm = self._vm(process, directory, os.dup(base), channel, control, Console(console), *frames_socket)
         return vm, monitor
 
     async def _connected(self, vm: QemuVm, monitor: socket.socket) -> QemuVm:
@@ -164,6 +168,8 @@ class _DiskFaults(EventListener):
 
 class QemuVm:
     """See vmm.Vm."""
+
+    channels_survive = True
 
     def __init__(
         self,
@@ -220,6 +226,9 @@ class QemuVm:
                 return await self._monitor.execute(command, arguments or None)
         except (QMPError, OSError, EOFError) as exc:
             raise MachineFailed(f"a virtual machine did not obey {command!r}: {exc}") from exc
+
+    async def open_channels(self, *, timeout_s: float) -> None:
+        """They are connected before QEMU starts, and stay so."""
 
     async def resume(self) -> None:
         await self._order("cont")

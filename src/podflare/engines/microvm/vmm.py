@@ -79,8 +79,10 @@ class Vm(Protocol):
     """One running VM and its VMM process."""
 
     pid: int
+    channels_survive: bool
+    """Whether `channel` and `control` go on after a capture; else all that was under way in them is lost then."""
     channel: socket.socket
-    """Connected, non-blocking stream to the guest's port CHANNEL_NAME.  Closed by `aclose`."""
+    """Non-blocking stream to the guest's port CHANNEL_NAME, connected by `open_channels`.  Closed by `aclose`."""
     control: socket.socket
     """Likewise to CONTROL_NAME."""
     frames: socket.socket | None
@@ -88,6 +90,14 @@ class Vm(Protocol):
     non-blocking).  Closed by `aclose`."""
     console: Console
     """What the guest's kernel and init print, and the VMM itself."""
+
+    async def open_channels(self, *, timeout_s: float) -> None:
+        """Connect `channel` and `control`: after the boot, after `resume`, and where they do not survive it after each
+        capture, also one that failed.
+
+        New sockets take the place of the old, which are closed.  Nothing to do, and no await, where channels survive.
+        Raises: MachineFailed if the VM is gone; DeadlineExceeded if nobody in it listens.
+        """
 
     async def capture(self, to: SavedVm, *, while_paused: Callable[[], Awaitable[None]]) -> float:
         """Save the VM as it is now; it goes on at once.

@@ -1,96 +1,45 @@
-"""Ports of a guest behind Firecracker's vsock device, each as one socket that lasts.
+"""Connections to ports of a guest behind Firecracker's vsock device (Firecracker's docs/vsock.md).
 
-The device ends every connection when its VM is saved or restored, while who holds the socket keeps it: a relay
-connects to the port again.  Bytes that were under way at that moment are lost, as the device loses them.
+The device offers a Unix socket; who connects there names a port, and has a stream to whoever listens in the guest.
+It ends every connection when its VM is saved or restored, while those who listen in the guest go on.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
+import time
 from pathlib import Path
 
 import anyio
 
-CONNECT_RETRY_S = 0.01
+from podflare.errors import DeadlineExceeded
+
+CONNECT_RETRY_S = 0.005
 ANSWER_TIMEOUT_S = 2.0
 _MAX_ANSWER_BYTES = 32
-_READ_BYTES = 256 * 1024
 
 
-class PortRelay:
-    """Keeps `outer` connected with the guest's port `number`, until `aclose`."""
+async def connect(device: Path, number: int, *, timeout_s: float) -> socket.socket:
+    """A non-blocking connection to a port, as soon as somebody in the guest listens.
 
-    def __init__(self, device: Path, number: int) -> None:
-        self._device, self._number = device, number
-        self.outer, self._inner = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        for sock in (self.outer, self._inner):
-            sock.setblocking(False)
-        self._task: asyncio.Task[None] | None = None
-        self._left = b""
-        """Read from `outer`'s holder and not yet taken by a guest."""
-
-    def start(self) -> None:
-        """Begin to connect.  From now on the device's socket file has to exist."""
-        if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._run())
-
-    async def _run(self) -> None:
-        while True:
-            with contextlib.suppress(OSError, EOFError):
-                guest = await connect(self._device, self._number)
-                try:
-                    if await self._carry(guest):
-                        return
-                finally:
-                    guest.close()
-            await asyncio.sleep(CONNECT_RETRY_S)
-
-    async def _carry(self, guest: socket.socket) -> bool:
-        """Carry bytes both ways until one side ends.  True if that was the holder's, for which all ends."""
-        loop = asyncio.get_running_loop()
-        inward = loop.create_task(self._inward(guest))
-        outward = loop.create_task(self._outward(guest))
-        try:
-            await asyncio.wait([inward, outward], return_when=asyncio.FIRST_COMPLETED)
-            return inward.done() and inward.exception() is None
-        finally:
-            for task in (inward, outward):
-                task.cancel()
-            await asyncio.gather(inward, outward, return_exceptions=True)
-
-    async def _inward(self, guest: socket.socket) -> None:
-        """From the holder to the guest.  Returns at the holder's end; raises at the guest's."""
-        loop = asyncio.get_running_loop()
-        while True:
-            if not self._left:
-                self._left = await loop.sock_recv(self._inner, _READ_BYTES)
-                if not self._left:
-                    return
-            await loop.sock_sendall(guest, self._left)
-            self._left = b""
-
-    async def _outward(self, guest: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        while data := await loop.sock_recv(guest, _READ_BYTES):
-            await loop.sock_sendall(self._inner, data)
-        raise EOFError
-
-    async def aclose(self) -> None:
-        """Stop, and end the conversation of `outer`'s holder.  Idempotent."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-        for sock in (self._inner, self.outer):
-            sock.close()
-
-
-async def connect(device: Path, number: int) -> socket.socket:
-    """A connection to a port on which somebody in the guest listens (Firecracker's docs/vsock.md).
-
-    Raises: OSError or EOFError if nobody does yet, or there was no answer in time.
+    Raises: DeadlineExceeded if nobody does in time.
+    If cancelled: there is none.
     """
+    ends_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            return await _connect_now(device, number)
+        except (OSError, EOFError) as exc:
+            if time.monotonic() >= ends_s:
+                raise DeadlineExceeded(
+                    f"nobody in the virtual machine listened on port {number} within {timeout_s:g} s ({exc})"
+                ) from exc
+        await asyncio.sleep(CONNECT_RETRY_S)
+
+
+async def _connect_now(device: Path, number: int) -> socket.socket:
+    """Raises: OSError or EOFError if nobody listens yet, or there was no answer in time."""
     loop = asyncio.get_running_loop()
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     try:

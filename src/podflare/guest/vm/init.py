@@ -120,6 +120,9 @@ class _Init:
             if "clock" in order:
                 system.correct_clock(int(order["clock"]))
                 return control.encode(number, {"corrected": True})
+            if "rejoined" in order:
+                self._renew_channel(order["rejoined"]["token"], reseed=False)
+                return control.encode(number, {"ready": True})
             if "limits" in order:
                 groups.limit(int(order["limits"]["memory_bytes"]), int(order["limits"]["processes"]))
                 return control.encode(number, {"limited": True})
@@ -138,7 +141,11 @@ class _Init:
         system.add_entropy(bytes.fromhex(restored["seed"]))
         system.set_names(str(restored.get("hostname", "")), str(restored.get("machine_id", "")))
         environment = network.renew(restored["network"])
-        renew = {"reseed": bool(restored.get("reseed", True)), "token": restored["token"], "environment": environment}
+        self._renew_channel(restored["token"], reseed=bool(restored.get("reseed", True)), environment=environment)
+
+    def _renew_channel(self, token: str, *, reseed: bool, environment: Optional[Dict[str, str]] = None) -> None:
+        """The agent's conversation begins anew with who is at the other end of the port now."""
+        renew = {"reseed": reseed, "token": token, "environment": environment or {}}
         self._ask_agent({"renew": renew}, (self._channel.peer(),))
 
     def _ask_agent(self, order: Dict[str, Any], fds: Tuple[int, ...] = ()) -> None:
