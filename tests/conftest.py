@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -22,7 +23,7 @@ from podflare.engines.microvm.image.store import Image, ImageStore
 from podflare.engines.process.engine import ProcessEngine
 from podflare.wire.uplink import Uplink
 
-LEAK_GRACE_S = 8.0
+LEAK_GRACE_S = 20.0
 """How long processes, groups and files may take to go after a test, on a busy machine."""
 
 
@@ -219,13 +220,15 @@ def no_leaks(request: pytest.FixtureRequest, private_temp: Path) -> Iterator[Non
         # Daemons of other test processes have groups that are empty for a moment, or until they are reaped.
         lasting = now.groups
         now = _Holdings.now(private_temp)
-        now.groups &= lasting - _groups_of_others(private_temp, lasting)
+        now.groups &= lasting - _groups_of_others(private_temp, lasting - before.groups)
 
 
 class _Holdings:
     """What this process and its descendants hold of the computer."""
 
-    def __init__(self, processes: dict[int, str], fds: dict[str, str], mounts: int, groups: set[str], files: set[str]):
+    def __init__(
+        self, processes: dict[int, str], fds: dict[str, str], mounts: set[str], groups: set[str], files: set[str]
+    ):
         self.processes, self.fds, self.mounts, self.groups, self.files = processes, fds, mounts, groups, files
 
     @classmethod
@@ -234,7 +237,7 @@ class _Holdings:
         return cls(
             processes,
             _open_files(),
-            len(Path("/proc/self/mountinfo").read_text().splitlines()),
+            _mounts(temp),
             _groups(processes),
             {entry.name for entry in temp.iterdir() if not entry.name.startswith("pytest-")},
         )
@@ -245,8 +248,7 @@ class _Holdings:
         # Libraries keep some descriptors for life (event loops of runners, a random source): a few may stay.
         grown = [f"{target}" for fd, target in self.fds.items() if fd not in before.fds and _is_ours(target)]
         left += [f"descriptor of {target}" for target in grown]
-        if self.mounts > before.mounts:
-            left.append(f"{self.mounts - before.mounts} mounts")
+        left += [f"mount on {path}" for path in self.mounts - before.mounts]
         left += [f"control group {name}" for name in self.groups - before.groups]
         left += [f"file {name}" for name in self.files - before.files]
         return left
@@ -265,6 +267,12 @@ def _open_files() -> dict[str, str]:
             continue
         found[f"{fd}:{target}"] = target
     return found
+
+
+def _mounts(temp: Path) -> set[str]:
+    """Where something is mounted, but for other programs' temporary files."""
+    points = {line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()}
+    return {point for point in points if not point.startswith(f"{temp.parent}/") or point.startswith(f"{temp}/")}
 
 
 def _descendants() -> dict[int, str]:
@@ -288,14 +296,26 @@ def _descendants() -> dict[int, str]:
 
 
 def _groups_of_others(temp: Path, groups: set[str]) -> set[str]:
-    """Those of daemons and engines whose directories lie in the temporary directory of another test process."""
-    names: set[str] = set()
-    for other in temp.parent.glob("pft-*"):
+    """Those of daemons and engines whose directories are not in our temporary directory."""
+    names = _daemons_elsewhere(temp) if groups else set()
+    for other in temp.parent.glob("pft-*") if groups else ():
         if other != temp:
             for pattern in ("*", "*/instances/*", "*/*/instances/*", "*/*/*/instances/*"):
                 names.update(path.name for path in other.glob(pattern))
-    # A daemon's engines have names of their own behind its instance's.
-    return {group for group in groups if Path(group).parent.name.removeprefix("podflare-").partition("-")[0] in names}
+    return {group for group in groups if Path(group).parent.name.removeprefix("podflare-") in names}
+
+
+def _daemons_elsewhere(temp: Path) -> set[str]:
+    """Names of the living daemons of other programs: each has its lock open."""
+    names: set[str] = set()
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # it ended, or it is another user's
+            for fd in os.listdir(f"/proc/{pid}/fd"):
+                with contextlib.suppress(OSError):
+                    target = Path(os.readlink(f"/proc/{pid}/fd/{fd}"))
+                    if target.name == "lock" and target.parts[-3:-2] == ("instances",) and temp not in target.parents:
+                        names.add(target.parent.name)
+    return names
 
 
 def _groups(processes: dict[int, str]) -> set[str]:

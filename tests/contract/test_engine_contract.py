@@ -110,7 +110,7 @@ def test_engine_closes_its_machines(new_engine, portal):
     async def check():
         machine = await engine.create(SPEC, timeout_s=30)
         await engine.aclose()
-        with anyio.fail_after(10):
+        with anyio.fail_after(20):
             assert isinstance(await machine.wait_dead(), Death)
         await machine.aclose()
 
@@ -150,7 +150,7 @@ def test_close_is_shielded(engine, portal):
         with anyio.CancelScope() as scope:
             scope.cancel()
             await machine.aclose()
-        with anyio.fail_after(10):
+        with anyio.fail_after(20):
             await machine.wait_dead()
 
     portal.call(check)

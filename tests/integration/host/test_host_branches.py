@@ -210,7 +210,7 @@ async def test_children_outlive_a_parent_that_expires(walled):
         parent = await h.create(timeout_seconds=2)
         await h.exec(parent, "x = 5; import time; time.sleep(1)")
         (child,) = await h.fork(parent)
-        with anyio.fail_after(10):
+        with anyio.fail_after(20):
             while (await h.client.get(f"/v1/sandboxes/{parent}")).status_code == 200:
                 await anyio.sleep(0.02)
         assert text(await h.exec(child, "print(x)")) == "5"

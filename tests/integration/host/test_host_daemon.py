@@ -281,7 +281,7 @@ async def test_pool_hands_out_warm_machines_and_refills(scripted):
         async def ready() -> int:
             return int((await h.client.get("/v1/capacity")).json()["pool"]["ready"])
 
-        with anyio.fail_after(10):
+        with anyio.fail_after(20):
             while await ready() < 2:
                 await anyio.sleep(0.01)
             ids = [await h.create() for _ in range(2)]
@@ -296,7 +296,7 @@ async def test_pool_hands_out_warm_machines_and_refills(scripted):
 async def test_pooled_machine_gets_the_asked_limits(scripted):
     """A warm machine handed out with other limits has them set before anything runs in it."""
     async with scripted(echo, pool_size=1) as h:
-        with anyio.fail_after(10):
+        with anyio.fail_after(20):
             while not (await h.client.get("/v1/capacity")).json()["pool"]["ready"]:
                 await anyio.sleep(0.01)
         await h.create(ram_mib=333, rootfs_gb=2)
@@ -307,7 +307,7 @@ async def test_pooled_machine_gets_the_asked_limits(scripted):
 async def test_machines_that_cannot_have_the_asked_limits_stay_in_the_pool(scripted):
     """A create whose limits no warm machine can be given gets a new one, and the next plain one still a warm one."""
     async with scripted(echo, pool_size=2) as h:
-        with anyio.fail_after(10):
+        with anyio.fail_after(20):
             while (await h.client.get("/v1/capacity")).json()["pool"]["ready"] < 2:
                 await anyio.sleep(0.01)
         warm = list(h.engine.machines)
@@ -322,7 +322,7 @@ async def test_machines_that_cannot_have_the_asked_limits_stay_in_the_pool(scrip
 async def test_dead_pooled_machines_are_never_handed_out(scripted):
     """Warm machines that die in the pool are replaced, and a create gets a living one."""
     async with scripted(echo, pool_size=2) as h:
-        with anyio.fail_after(10):
+        with anyio.fail_after(20):
             while (await h.client.get("/v1/capacity")).json()["pool"]["ready"] < 2:
                 await anyio.sleep(0.01)
             for machine in h.engine.machines[:2]:
@@ -337,7 +337,7 @@ async def test_dead_pooled_machines_are_never_handed_out(scripted):
 async def test_create_takes_the_machine_that_is_being_made(scripted):
     """A create that meets an empty pool waits for the machine under way; only a second one makes its own."""
     async with scripted(echo, pool_size=1) as h:
-        with anyio.fail_after(10):
+        with anyio.fail_after(20):
             while not (await h.client.get("/v1/capacity")).json()["pool"]["ready"]:
                 await anyio.sleep(0.01)
         h.engine.may_create = anyio.Event()
@@ -357,7 +357,7 @@ async def test_create_takes_the_machine_that_is_being_made(scripted):
 async def test_create_survives_a_refill_that_fails(scripted):
     """If the machine under way fails, the create that waited for it makes one itself."""
     async with scripted(echo, pool_size=1) as h:
-        with anyio.fail_after(10):
+        with anyio.fail_after(20):
             while not (await h.client.get("/v1/capacity")).json()["pool"]["ready"]:
                 await anyio.sleep(0.01)
         h.engine.may_create = anyio.Event()

@@ -115,7 +115,7 @@ async def test_upload_above_the_disk_is_refused_at_once(host):
         reader, writer = await h.connect()
         head = f"PUT /v1/sandboxes/{sandbox}/files?path=f HTTP/1.1\r\nHost: x\r\nContent-Length: {2**31}\r\n\r\n"
         writer.write(head.encode())
-        with anyio.fail_after(10):
+        with anyio.fail_after(20):
             assert b" 413 " in await reader.readline()
         writer.transport.abort()
 
@@ -129,7 +129,7 @@ async def test_upload_broken_off_leaves_nothing(host):
         writer.write(head.encode() + b"x" * 500_000)
         await writer.drain()
         writer.transport.abort()
-        with anyio.fail_after(10):
+        with anyio.fail_after(20):
             while text(await h.exec(sandbox, "import os; print(os.listdir('.'))")) != "[]":
                 await anyio.sleep(0.02)
 
@@ -148,7 +148,7 @@ async def test_body_that_stops_cancels_the_upload(scripted):
         reader, writer = await h.connect()
         head = f"PUT /v1/sandboxes/{sandbox}/files?path=f HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nabc"
         writer.write(head.encode())
-        with anyio.fail_after(10):
+        with anyio.fail_after(20):
             assert b" 400 " in await reader.readline()
         await wait_until(lambda: said == [FileWrite, Cancel])
         writer.transport.abort()

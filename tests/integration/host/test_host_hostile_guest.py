@@ -206,7 +206,7 @@ async def test_download_from_a_lying_guest(scripted, what):
         writer.write(
             f"GET /v1/sandboxes/{sandbox}/files?path=x HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
         )
-        with anyio.fail_after(10):
+        with anyio.fail_after(20):
             while (gone := await h.client.get(f"/v1/sandboxes/{sandbox}")).status_code != 404:
                 await anyio.sleep(0.01)
             assert "broke the protocol" in gone.json()["error"]

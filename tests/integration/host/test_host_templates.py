@@ -41,7 +41,7 @@ async def test_templates_are_listed_with_their_problems(scripted):
 async def test_pools_are_kept_for_named_templates(scripted):
     """Each template of the setting gets its own pool; one that is not there costs a line in the log and no more."""
     async with scripted(echo, pool_templates=(("default", 1), ("gone", 3))) as h:
-        with anyio.fail_after(10):
+        with anyio.fail_after(20):
             while await ready(h) < 1:
                 await anyio.sleep(0.01)
         await h.create()
@@ -52,7 +52,7 @@ async def test_pools_are_kept_for_named_templates(scripted):
 async def test_warm_machines_of_an_old_template_are_not_handed_out(scripted):
     """After a template was built anew, what waits in its pool is closed, and a create gets the new one."""
     async with scripted(echo, pool_size=2) as h:
-        with anyio.fail_after(10):
+        with anyio.fail_after(20):
             while await ready(h) < 2:
                 await anyio.sleep(0.01)
             old = list(h.engine.machines)

@@ -307,7 +307,7 @@ async def test_a_sandbox_that_ends_while_a_merge_waits_is_told_at_once(scripted)
 
             tasks.start_soon(merge)
             await anyio.sleep(0.05)
-            with anyio.fail_after(5):
+            with anyio.fail_after(20):
                 assert (await h.client.delete(f"/v1/sandboxes/{pair[gone]}")).status_code == 204
             await wait_until(lambda merges=merges: merges == [404])
             gate.open.set()

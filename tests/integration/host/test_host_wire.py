@@ -303,7 +303,7 @@ async def test_body_above_the_cap_is_refused_while_reading(scripted):
         announced = f"POST /v1/sandboxes/{sandbox}/exec HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n"
         reader, writer = await h.connect()
         writer.write(announced.encode())
-        with anyio.fail_after(10):
+        with anyio.fail_after(20):
             assert (await reader.readline()).startswith(b"HTTP/1.1 413")
         writer.transport.abort()
 
@@ -337,7 +337,7 @@ async def test_slow_body_is_given_up(scripted, drip):
     async with scripted(echo, body_timeout_s=0.3) as h:
         reader, writer = await h.connect()
         writer.write(b"POST /v1/sandboxes HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
-        with anyio.fail_after(10):
+        with anyio.fail_after(20):
             async with anyio.create_task_group() as tasks:
                 if drip:
                     tasks.start_soon(_drip, writer)

@@ -218,7 +218,7 @@ class Guest:
                 self.process.wait()
 
 
-def wait_until(condition, what: str, timeout_s: float = 10.0) -> None:
+def wait_until(condition, what: str, timeout_s: float = 30.0) -> None:
     """Poll a condition that has no event of its own."""
     deadline = time.monotonic() + timeout_s
     while not condition():

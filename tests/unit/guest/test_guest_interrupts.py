@@ -38,7 +38,7 @@ def test_interrupt_ends_the_cell_and_keeps_the_state(guest, body):
     channel = guest.start("print('started', flush=True)\n" + body)
     guest.wait_output(channel, b"started")
     guest.interrupt(channel)
-    cell = guest.finish(channel, timeout_s=5)
+    cell = guest.finish(channel, timeout_s=20)
     assert (cell.exit.code, cell.exit.reason, cell.exit.restarted) == (130, INTERRUPTED, False), cell
     assert "KeyboardInterrupt" in cell.stderr
     assert guest.run("kept").value == "1"
@@ -58,7 +58,7 @@ time.sleep(60)
 """)
     guest.wait_output(channel, b"started")
     guest.interrupt(channel)
-    cell = guest.finish(channel, timeout_s=5)
+    cell = guest.finish(channel, timeout_s=20)
     assert cell.exit.reason == INTERRUPTED
     assert "ignored" not in cell.stderr
 
@@ -69,7 +69,7 @@ def test_interrupt_right_behind_its_cell(guest):
     for _ in range(30):
         channel = guest.start("while True: pass")
         guest.interrupt(channel)
-        assert guest.finish(channel, timeout_s=5).exit.reason == INTERRUPTED
+        assert guest.finish(channel, timeout_s=20).exit.reason == INTERRUPTED
     assert guest.run("kept").value == "1"
 
 
@@ -124,7 +124,7 @@ for number in signal.valid_signals() - {9, 19}: signal.signal(number, signal.SIG
     )
     guest.wait_output(channel, b"started")
     guest.interrupt(channel)
-    assert guest.finish(channel, timeout_s=5).exit.reason == INTERRUPTED
+    assert guest.finish(channel, timeout_s=20).exit.reason == INTERRUPTED
 
 
 def test_interrupt_ends_everything_the_cell_started(guest):
@@ -210,7 +210,7 @@ def test_interrupt_of_a_deaf_cell_then_kill(guest):
     guest.wait_output(channel, b"deaf")
     guest.interrupt(channel)
     guest.kill(channel)
-    assert guest.finish(channel, timeout_s=5).exit.restarted
+    assert guest.finish(channel, timeout_s=20).exit.restarted
 
 
 def test_interrupt_gets_through_while_output_is_blocked(guest):
@@ -285,6 +285,6 @@ def test_slow_repr_can_be_interrupted(guest):
         channel = guest.start(code)
         guest.wait_output(channel, b"in")
         guest.interrupt(channel)
-        cell = guest.finish(channel, timeout_s=5)
+        cell = guest.finish(channel, timeout_s=20)
         assert cell.exit.reason == INTERRUPTED
         assert not cell.exit.restarted
