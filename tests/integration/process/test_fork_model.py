@@ -38,6 +38,7 @@ FLAGS = {
 }
 PROLOGUE = """
 import base64, itertools, json, mmap, os, shutil, sqlite3
+for name in os.listdir("/root"): os.unlink(f"/root/{name}")  # an image may have something there
 os.mkdir("/root/d"); os.mkdir("/tmp/t"); open("/root/f", "w").write("first"); open("/root/d/f", "w").write("second")
 h = os.open("/root/f", os.O_RDWR)
 shared = mmap.mmap(-1, 4096)
