@@ -216,7 +216,7 @@ def _parse_entry(entry: Any, private: Sequence[Network]) -> NameRule | NetworkRu
     inside = any(network.version == one.version and network.subnet_of(one) for one in private)  # type: ignore[arg-type]  # same version
     if not inside and overlaps_private(network):
         raise BadRequest(
-            f"egress: {entry} is private; the daemon's operator can let sandboxes ask for it (PODFLARE_EGRESS_PRIVATE)"
+            f"egress: {entry} holds addresses that are not public; the daemon's operator can let sandboxes ask for it (PODFLARE_EGRESS_PRIVATE)"
         )
     return NetworkRule(network, port)
 
@@ -253,7 +253,7 @@ def _name_rule(host: str, port: int | None) -> NameRule:
         name = normal_name(host.removeprefix("*."))
     except BadRequest:
         raise BadRequest(
-            f"egress: {host[:300]!r} is not a host; write api.example.com, *.example.org, host:port or 203.0.113.0/24"
+            f"egress: {host[:300]!r} is not a host; write api.example.com, *.example.org, host:port or 93.184.216.0/24"
         ) from None
     return NameRule(name, below, port)
 
