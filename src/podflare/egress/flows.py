@@ -25,7 +25,8 @@ MAX_FLOWS = 1024
 LINGER_S = 10.0
 _FIRST_PORT = 1024
 _RECORD = struct.Struct("=IHH")
-_MEMORY_BYTES = 65536 * _RECORD.size
+MEMORY_BYTES = 65536 * _RECORD.size
+"""At the start of the memory."""
 _MACHINE, _CALLER = int(MACHINE), int(CALLER)
 
 WAITING, LET_IN, OVER = "waiting", "let in", "over"
@@ -57,8 +58,9 @@ class Flows:
     """All flows of a machine."""
 
     def __init__(self, listener_port: int, memory_fd: int) -> None:
-        os.ftruncate(memory_fd, _MEMORY_BYTES)
-        self._memory = mmap.mmap(memory_fd, _MEMORY_BYTES)
+        if os.fstat(memory_fd).st_size < MEMORY_BYTES:
+            os.ftruncate(memory_fd, MEMORY_BYTES)
+        self._memory = mmap.mmap(memory_fd, MEMORY_BYTES)
         self._listener_port = listener_port
         self._next_port = _FIRST_PORT
         self._over: dict[Flow, None] = {}

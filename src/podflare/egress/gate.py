@@ -6,6 +6,7 @@ Owns the outlets of all machines of one daemon.  Knows no sandboxes, only keys.
 from __future__ import annotations
 
 import ipaddress
+import mmap
 import os
 import signal
 import socket
@@ -21,7 +22,8 @@ import anyio
 import dns.rdata
 from anyio.abc import TaskGroup
 
-from podflare.egress import orders, privileges
+from podflare.egress import flows, orders, privileges
+from podflare.egress import journal as journals
 from podflare.egress.certificates import Authority
 from podflare.egress.courses import Surroundings
 from podflare.egress.dial import Dialler
@@ -122,7 +124,7 @@ class Gate:
             authority = Authority(told["ca"].encode(), told["ca_key"].encode()) if told["ca"] else None
             family = _Family(NameTable(told["name"]), Substitution(list(secrets.items())), authority)
             self._families[told["name"]] = family
-        journal = Journal(time.time)
+        journal = Journal(time.time, _journal_memory(fds[0]))
         around = Surroundings(policy, family.names, family.secrets, self._dialler, journal, self._tls)
         questions = Questions(policy, family.names, family.secrets, self._resolver, journal)
         outlet = Outlet(around, questions, family.authority, self._capacity)
@@ -131,6 +133,12 @@ class Gate:
         run = partial(outlet.run, Ends(*ends), memory, again=bool(body["again"]), lost=bool(body["lost"]))
         await group.start(run)
         self._outlets[key] = outlet, family
+
+
+def _journal_memory(memory_fd: int) -> memoryview:
+    """Where a machine's journal lies: behind its connections."""
+    os.ftruncate(memory_fd, flows.MEMORY_BYTES + journals.MEMORY_BYTES)
+    return memoryview(mmap.mmap(memory_fd, journals.MEMORY_BYTES, offset=flows.MEMORY_BYTES))
 
 
 def main(fd: int) -> None:

@@ -22,6 +22,7 @@ import anyio
 
 from podflare.egress import orders
 from podflare.egress.addresses import Network
+from podflare.egress.flows import MEMORY_BYTES
 from podflare.egress.journal import KEPT_ENTRIES, entry_from_json
 from podflare.egress.policy import Policy, SecretSpec
 from podflare.errors import DeadlineExceeded, EgressUnavailable, MachineFailed, ProtocolError
@@ -29,6 +30,7 @@ from podflare.wire.egress import EgressEntry
 
 _BACKOFF_S = (0.0, 0.1, 0.5, 2.0, 5.0)
 """Before each further start of a gate that keeps dying; the last one again and again."""
+_JOURNAL_TRIES = 3
 _STABLE_S = 30.0
 """A gate that lived so long did not die of its start."""
 _MAX_CA_BYTES = 4 * 1024 * 1024
@@ -105,7 +107,7 @@ class _Machine:
     def inherit(self, parent: _Machine) -> None:
         """Take over which connections the parent has open."""
         memory = parent.fds[0]
-        os.pwrite(self.fds[0], os.pread(memory, os.fstat(memory).st_size, 0), 0)
+        os.pwrite(self.fds[0], os.pread(memory, MEMORY_BYTES, 0), 0)
         self.inherited = True
 
     def close(self) -> None:
@@ -230,11 +232,7 @@ class GateKeeper:
             raise MachineFailed(f"there is no network {key}")
         if not machine.fds:
             return [], 0
-        await self._ensure()
-        try:
-            answer = await self._order({"op": "journal", "key": key})
-        except ConnectionError as error:
-            raise MachineFailed("the gate died; its journal is lost, and it starts again") from error
+        answer = await self._ask_for_journal(key)
         entries, dropped = answer.get("entries"), answer.get("dropped")
         if not isinstance(entries, list) or len(entries) > KEPT_ENTRIES or not isinstance(dropped, int):
             raise ProtocolError("the gate's journal is none")
@@ -242,6 +240,15 @@ class GateKeeper:
             return [entry_from_json(one) for one in entries], dropped
         except ValueError as error:
             raise ProtocolError("the gate's journal is none") from error
+
+    async def _ask_for_journal(self, key: str) -> dict[str, Any]:
+        for _ in range(_JOURNAL_TRIES):
+            await self._ensure()
+            try:
+                return await self._order({"op": "journal", "key": key})
+            except ConnectionError:
+                continue  # the next gate has it, too
+        raise MachineFailed("the gate dies again and again; what sandboxes tried cannot be told now")
 
     async def aclose(self) -> None:
         """End the gate and with it every connection.  Idempotent."""

@@ -85,7 +85,7 @@ class Outlet:
                 if lost:
                     self._reflector.end_lost()
                 if again:
-                    self.journal.note("gate", FAILED, "the gate was started anew: connections and log are lost")
+                    self.journal.note("gate", FAILED, "the gate was started anew: open connections were ended")
                 task_status.started()
                 await anyio.sleep_forever()
         finally:

@@ -216,7 +216,8 @@ def _parse_entry(entry: Any, private: Sequence[Network]) -> NameRule | NetworkRu
     inside = any(network.version == one.version and network.subnet_of(one) for one in private)  # type: ignore[arg-type]  # same version
     if not inside and overlaps_private(network):
         raise BadRequest(
-            f"egress: {entry} holds addresses that are not public; the daemon's operator can let sandboxes ask for it (PODFLARE_EGRESS_PRIVATE)"
+            f"egress: {entry} holds addresses that are not public; the daemon's operator can let sandboxes ask for it "
+            "(PODFLARE_EGRESS_PRIVATE)"
         )
     return NetworkRule(network, port)
 

@@ -40,9 +40,9 @@ async def relay(inside: socket.socket, outside: socket.socket, entry: Entry, fir
                     await loop.sock_sendall(sink, data)
                     last = loop.time()
                     if out:
-                        entry.bytes_out += len(data)
+                        entry.count_out(len(data))
                     else:
-                        entry.bytes_in += len(data)
+                        entry.count_in(len(data))
                     # Neither call waits while bytes can be had: others come first now and then.
                     await asyncio.sleep(0)
                 data = await loop.sock_recv(source, CHUNK)

@@ -69,12 +69,12 @@ class Counted(ByteStream):
 
     async def receive(self, max_bytes: int = CHUNK) -> bytes:
         data = await self._stream.receive(max_bytes)
-        self._entry.bytes_in += len(data)
+        self._entry.count_in(len(data))
         return data
 
     async def send(self, item: bytes) -> None:
         await self._stream.send(item)
-        self._entry.bytes_out += len(item)
+        self._entry.count_out(len(item))
 
     async def send_eof(self) -> None:
         await self._stream.send_eof()

@@ -109,7 +109,7 @@ def test_a_state_of_many_generations_keeps_its_network(networked: Networked) -> 
 
 
 def test_a_killed_gate_is_replaced(networked: Networked, data_dir: Path) -> None:
-    """After SIGKILL of the gate sandboxes get their network back by themselves; secrets still hold; new ones work."""
+    """After SIGKILL of the gate sandboxes get their network back, their logs go on, secrets still hold."""
     secrets = {"TOKEN": Secret("tok-4711", hosts=["api.example.com"])}
     with serving(networked.world, data_dir) as networked, networked.sandbox(["other.example.com"], secrets) as sandbox:
         ask = """
@@ -118,7 +118,10 @@ found["name"] = fetch("http://other.example.com/", direct=True)[:3]
 """
         assert run(sandbox, ask) == {"secret": "200", "name": "200"}
         gate = gate_of(networked.daemon.pid)
+        before = [(one.protocol, one.host, one.verdict) for one in sandbox.egress_log().entries]
         os.kill(gate, signal.SIGKILL)
+        told = [(one.protocol, one.host, one.verdict) for one in sandbox.egress_log().entries]
+        assert told[: len(before)] == before and told[len(before)][0] == "gate" and len(before) > 1
         deadline = time.monotonic() + WAIT_S
         while run(sandbox, ask) != {"secret": "200", "name": "200"}:
             assert time.monotonic() < deadline

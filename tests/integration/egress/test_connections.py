@@ -195,7 +195,7 @@ tell([sorted(set(ends)), len(ends), fetch("http://api.example.com/echo")[0]])"""
     killer.join()
     assert told == [["ConnectionResetError"], 50, 200]
     assert own_keeper.gate_pid not in (None, killer.killed)
-    assert sandbox.journal()[0].protocol == "gate"
+    assert "gate" in [entry.protocol for entry in sandbox.journal()]
 
 
 def test_a_gate_that_hangs_is_replaced(portal, world, settings):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from podflare.egress import flows
 from podflare.egress.addresses import is_synthetic
 from podflare.egress.flows import LET_IN, MAX_FLOWS, MAX_LIVE, Flows
-from podflare.egress.journal import KEPT_ENTRIES, Journal, entry_from_json, printable
+from podflare.egress.journal import KEPT_ENTRIES, MEMORY_BYTES, Journal, entry_from_json, printable
 from podflare.egress.names import MAX_NAMES, NameTable
 from podflare.wire.egress import ALLOWED, REFUSED, EgressEntry
 
@@ -108,6 +108,28 @@ def test_the_journal_is_bounded_and_merges():
         journal.note("tcp", REFUSED, host=f"h{number}")
     assert len(journal.entries()) == KEPT_ENTRIES and journal.dropped == 10
     assert journal.note("dns", REFUSED, host="\x1b[31m\u202e" + "x" * 9999).host.startswith("?[31m?xxx")
+
+
+def test_a_new_journal_has_what_an_old_one_left():
+    """Entries and their bytes outlive whoever wrote them; what was half written, or is none, is left out."""
+    memory = memoryview(bytearray(MEMORY_BYTES))
+    old = Journal(lambda: 1.0, memory)
+    counting = old.note("tcp", ALLOWED, address="8.8.8.8", port=443)
+    for number in range(KEPT_ENTRIES + 4):
+        last = old.note("tcp", REFUSED, "\\" * 300, host='"' * 300, port=number)
+    counting.count_in(5)  # its slot is another's now
+    last.count_in(7)
+    last.count_out(8)
+    new = Journal(lambda: 2.0, memory)
+    assert len(new.entries()) == KEPT_ENTRIES and new.dropped == old.dropped == 5
+    assert [one.port for one in new.entries()] == list(range(4, KEPT_ENTRIES + 4))
+    assert {one.bytes_in for one in new.entries()[:-1]} == {0}
+    assert (new.entries()[-1].bytes_in, new.entries()[-1].bytes_out) == (7, 8)
+    assert new.note("tcp", ALLOWED, port=1).number == last.number + 1
+    memory[:4096] = os.urandom(4096)
+    assert len(Journal(lambda: 3.0, memory).entries()) >= KEPT_ENTRIES - 5
+    memory[:] = b"\xff" * MEMORY_BYTES
+    assert Journal(lambda: 3.0, memory).note("tcp", ALLOWED).number == 1
 
 
 @given(st.text())
