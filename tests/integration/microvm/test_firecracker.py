@@ -6,24 +6,31 @@ import asyncio
 import os
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import anyio
 import pytest
+from anyio.to_thread import run_sync
 
 import firecrackers
+from machines import LIMITS
+from podflare.engines.base import EngineOptions, MachineSpec
+from podflare.engines.microvm import accelerator, probe
 from podflare.engines.microvm import firecracker_orders as orders
 from podflare.engines.microvm.confinement import VMM_ID, Confinement
+from podflare.engines.microvm.engine import MOST_CPUS, MicrovmEngine, shape_of
 from podflare.engines.microvm.firecracker import Firecracker, FirecrackerVm, Programs, find
 from podflare.engines.microvm.firecracker_orders import DiskRate, Order
 from podflare.engines.microvm.image.store import Image
+from podflare.engines.microvm.origins import Origins
 from podflare.engines.microvm.vmm import BootSource, Drives, SavedVm, Shape
 from podflare.engines.microvm.vsock import connect
 from podflare.errors import DeadlineExceeded, MachineFailed
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 
 SHAPE = Shape(memory_bytes=128 << 20, cpus=1)
 
@@ -43,7 +50,9 @@ def folder(private_temp: Path) -> Iterator[Path]:
 
 @pytest.fixture
 async def vmm(programs: Programs) -> Firecracker:
-    return Firecracker(programs, Confinement.detect(kvm=True), DiskRate(bytes_per_s=50 << 20, operations_per_s=1000))
+    return Firecracker(
+        programs, Confinement.detect(kvm=True, jailed=True), DiskRate(bytes_per_s=50 << 20, operations_per_s=1000)
+    )
 
 
 def place(folder: Path, name: str) -> tuple[Path, Drives]:
@@ -129,14 +138,19 @@ async def test_a_vm_is_configured_saved_and_goes_on_many_times(vmm, folder, runn
 async def test_a_vmm_is_confined_and_its_end_is_noticed(programs, running):
     """As root the process is another user's in a jail; its death is told in words, and closes what belongs to it."""
     status = dict(line.split(":\t", 1) for line in Path(f"/proc/{running.pid}/status").read_text().splitlines())
+    assert set(Confinement.detect(kvm=True, jailed=True).verify(running.pid)) >= {"seccomp", "no_new_privileges"}
     assert status["NoNewPrivs"].strip() == "1"
+    for thread in Path(f"/proc/{running.pid}/task").iterdir():
+        assert "\nSeccomp:\t2\n" in (thread / "status").read_text()
     assert (programs.jailer is not None) == (os.geteuid() == 0)
     if os.geteuid() == 0:
         assert set(status["Uid"].split()) == {str(VMM_ID)} and int(status["CapEff"], 16) == 0
         inside = set(os.listdir(f"/proc/{running.pid}/root"))
         files = {"api", "vsock", "kernel", "initrd", "root", "disk", "dev", "run", "firecracker", "firecracker.pid"}
         assert inside <= files, inside - files
-        for kind in ("net", "ipc", "mnt"):
+        for shared in ("kernel", "initrd", "root"):
+            assert Path(f"/proc/{running.pid}/root/{shared}").stat().st_uid == 0
+        for kind in ("net", "ipc", "mnt", "pid"):
             assert os.readlink(f"/proc/{running.pid}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}")
     os.kill(running.pid, 9)
     with anyio.fail_after(20):
@@ -145,6 +159,91 @@ async def test_a_vmm_is_confined_and_its_end_is_noticed(programs, running):
         await running.resume()
     with pytest.raises(MachineFailed, match="ended by signal 9"):
         await running.open_channels(timeout_s=20)
+
+
+@pytest.fixture
+def no_kvm(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Why KVM does not work; it counts as working all the same, which does for everything before a guest answers."""
+    problem = accelerator.problem_with_kvm()
+    monkeypatch.setattr(accelerator, "SLOWEST_S", 1e9)
+    return problem
+
+
+async def test_it_is_chosen_where_it_can_work(programs, folder, image_store, image, no_kvm):
+    """With KVM and a binary the engine takes Firecracker, and says so; what it cannot do is refused with what to do;
+    a template that does not come up in time is told, and nothing is left of it."""
+    found = await run_sync(lambda: probe.find("auto", programs.firecracker))
+    assert isinstance(found.vmm, Firecracker) and programs.version in found.detail
+    assert found.notes[0].endswith("- taken: the first of Firecracker and QEMU that can work")
+    assert found.machine_key not in ("", (await run_sync(lambda: probe.find("qemu"))).machine_key)
+    options = EngineOptions(
+        data_dir=str(folder / "d"),
+        instance=folder.name,
+        image_dir=str(image_store.root),
+        firecracker=programs.firecracker,
+    )
+    engine = MicrovmEngine(options)
+    await engine.start()
+    try:
+        assert engine.how == found.detail
+        assert "--vmm qemu" in (await engine.probe()).no_uplink
+        if not no_kvm:
+            return  # there the whole suite runs on it
+        with pytest.raises(DeadlineExceeded, match=r"not ready within 0\.5 s"):
+            await engine.create(MachineSpec("default", LIMITS), timeout_s=0.5)
+    finally:
+        await engine.aclose()
+    assert [path.name for path in (folder / "d").iterdir()] == ["machines"]
+
+
+DAEMON = """
+import asyncio, sys
+from podflare.engines.base import EngineOptions, Limits, MachineSpec
+from podflare.engines.microvm import accelerator
+from podflare.engines.microvm.engine import MicrovmEngine
+accelerator.SLOWEST_S = 1e9
+data, instance, images, binary = sys.argv[1:]
+async def main():
+    engine = MicrovmEngine(EngineOptions(data, instance, image_dir=images, vmm="firecracker", firecracker=binary))
+    await engine.start()
+    await engine.create(MachineSpec("default", Limits(512 << 20, 4 << 30)), timeout_s=600)
+asyncio.run(main())
+"""
+
+
+async def test_the_daemons_end_is_the_vms_end(programs, folder, image_store, image, no_kvm):
+    """When the daemon is killed the kernel ends its VMMs, whoever they run as; the next start clears their jails."""
+    data = folder / "d"
+    arguments = [str(data), folder.name, str(image_store.root), programs.firecracker]
+    if not no_kvm:
+        pytest.skip("its guest would be up too soon; with KVM test_machines.py has the same for a whole daemon")
+    daemon = await asyncio.create_subprocess_exec(sys.executable, "-c", DAEMON, *arguments)
+    try:
+        with anyio.fail_after(40):
+            while not (found := firecrackers.below(daemon.pid)) or not any(data.glob("boot-*/**/vsock")):
+                assert daemon.returncode is None
+                await asyncio.sleep(0.02)
+        watched = [os.pidfd_open(pid) for pid in firecrackers.tree(daemon.pid)]
+        if os.geteuid() == 0:
+            assert all(Path(f"/proc/{pid}/status").stat().st_uid == VMM_ID for pid in found)
+    finally:
+        daemon.kill()
+        await daemon.wait()
+    for pidfd in watched:
+        with anyio.fail_after(20):
+            await anyio.wait_readable(pidfd)
+        os.close(pidfd)
+    assert any(data.glob("boot-*"))
+    MicrovmEngine.reap(data, folder.name)
+    assert [path.name for path in data.iterdir()] == ["machines"] and not any((data / "machines").iterdir())
+    # What it had half made beside the image goes when that is made again, here by a program that does not even start.
+    halves = list((image.directory / "origins").glob("*-*"))
+    found = await run_sync(lambda: probe.find("firecracker", programs.firecracker))
+    broken = Firecracker(Programs("/bin/false", None, programs.version), Confinement(None))
+    shape = shape_of(LIMITS, cpus=min(MOST_CPUS, os.cpu_count() or 1))
+    with pytest.raises(MachineFailed, match="did not start"):
+        await Origins(broken, found.machine_key, folder).get(image, shape, LIMITS.disk_bytes)
+    assert any(not half.exists() for half in halves)
 
 
 async def test_what_firecracker_refuses_is_told(vmm, folder, image, running):

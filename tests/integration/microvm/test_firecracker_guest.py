@@ -45,7 +45,7 @@ def vmm() -> Firecracker:
     problem = accelerator.problem_with_kvm()
     if problem:
         pytest.skip(problem)
-    return Firecracker(find(binary), Confinement.detect(kvm=True))
+    return Firecracker(find(binary), Confinement.detect(kvm=True, jailed=True))
 
 
 async def test_guests_of_firecracker_answer_and_fork(vmm: Firecracker, folder: Path, image: Image):

@@ -18,7 +18,8 @@ VMM_ID = 0x7001_0000
 _ALWAYS: dict[Wall, tuple[str, str]] = {"seccomp": ("Seccomp", "2"), "no_new_privileges": ("NoNewPrivs", "1")}
 """What /proc/<pid>/status says of any VMM."""
 _NAMESPACES: dict[Wall, str] = {"network_namespace": "net", "ipc_namespace": "ipc"}
-_CAPABILITY_SETS = ("CapEff", "CapPrm", "CapInh", "CapBnd", "CapAmb")
+_CAPABILITY_SETS = ("CapEff", "CapPrm", "CapInh", "CapAmb")
+_BOUNDING_SET = "CapBnd"
 ALWAYS: tuple[Wall, ...] = tuple(_ALWAYS)
 AS_ROOT: tuple[Wall, ...] = ("separate_uid", "dropped_capabilities", *_NAMESPACES)
 """What only a root daemon puts up."""
@@ -32,12 +33,14 @@ class Confinement:
     """Of their own; None: the daemon's, which is no root then."""
     kvm_group: int | None = None
     """That may open /dev/kvm, where it is used."""
+    jailed: bool = False
+    """By Firecracker's jailer, which leaves the bounding set as it is: without new privileges nothing comes of that."""
 
     @classmethod
-    def detect(cls, *, kvm: bool) -> Confinement:
+    def detect(cls, *, kvm: bool, jailed: bool = False) -> Confinement:
         """What the user of this process can set up."""
         group = Path("/dev/kvm").stat().st_gid if kvm else None
-        return cls(VMM_ID if os.geteuid() == 0 else None, group)
+        return cls(VMM_ID if os.geteuid() == 0 else None, group, jailed)
 
     def wrap(self, command: list[str]) -> list[str]:
         """The command that starts `command` confined: it ends with the daemon, and cannot gain privileges."""
@@ -63,7 +66,8 @@ class Confinement:
         found = {wall: status[field].strip() == value for wall, (field, value) in _ALWAYS.items()}
         if self.user_id is not None:
             found["separate_uid"] = set(status["Uid"].split()) == {str(self.user_id)}
-            found["dropped_capabilities"] = all(int(status[name], 16) == 0 for name in _CAPABILITY_SETS)
+            sets = _CAPABILITY_SETS if self.jailed else (*_CAPABILITY_SETS, _BOUNDING_SET)
+            found["dropped_capabilities"] = all(int(status[name], 16) == 0 for name in sets)
             for wall, kind in _NAMESPACES.items():
                 found[wall] = Path(f"/proc/{pid}/ns/{kind}").readlink() != Path(f"/proc/self/ns/{kind}").readlink()
         missing = sorted(wall for wall, there in found.items() if not there)

@@ -29,6 +29,7 @@ from podflare.engines.microvm import firecracker_orders as orders
 from podflare.engines.microvm import memory
 from podflare.engines.microvm.confinement import Confinement
 from podflare.engines.microvm.console import Console
+from podflare.engines.microvm.disks import copy_disk
 from podflare.engines.microvm.firecracker_orders import DiskRate, Order
 from podflare.engines.microvm.vmm import (
     CHANNEL_VSOCK_PORT,
@@ -48,6 +49,8 @@ ORDER_TIMEOUT_S = 60.0
 VERSION_TIMEOUT_S = 10.0
 _START_POLL_S = 0.002
 _MAX_FAULT_CHARS = 500
+_SIGNALLED = 128
+"""What a shell adds to the number of the signal that ended a program."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,8 @@ class Firecracker:
             root = await asyncio.get_running_loop().run_in_executor(None, self._place, directory, files)
             vm = self._spawn(directory, root, base)
             await vm.wait_ready()
+            if self._programs.jailer is not None:
+                vm.pid = _guarded_pid(vm.pid)
             return vm
         except BaseException as exc:
             if vm is None:
@@ -158,8 +163,7 @@ class Firecracker:
         if jailer is None or user_id is None:
             return self._confinement.wrap(orders.firecracker_command(binary, directory.name))
         # The jailer drops all privileges itself, for which it needs them first.
-        command = orders.jailer_command(jailer, binary, directory.name, directory / "jail", user_id)
-        return ["unshare", "--net", "--ipc", "--", *command]
+        return orders.guarded(orders.jailer_command(jailer, binary, directory.name, directory / "jail", user_id))
 
     def _place(self, directory: Path, files: dict[str, Path]) -> Path:
         """The VM's directory as its process sees it, with its files under the names that orders use."""
@@ -175,10 +179,30 @@ class Firecracker:
             try:
                 (root / name).hardlink_to(path)
             except OSError:
-                shutil.copyfile(path, root / name)  # another file system
-            if name in (orders.DISK, orders.MEMORY, orders.DEVICES):
+                copy_disk(path, root / name)  # another file system
+            if name == orders.DISK:
                 self._confinement.own(root / name)
+            else:
+                # To be read by the VMM alone: many VMs have the same file.  The way to it is closed elsewhere.
+                (root / name).chmod((root / name).stat().st_mode & 0o7777 | 0o444)
         return root
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def _guarded_pid(pid: int) -> int:
+    """The VMM below its guards (firecracker_orders.guarded).  Raises: MachineFailed if it is gone."""
+    for _ in range(2):
+        below = _children(pid)
+        if len(below) != 1:
+            raise MachineFailed("Firecracker ended as soon as it had started")
+        [pid] = below
+    return pid
 
 
 def _unconnected() -> socket.socket:
@@ -326,6 +350,8 @@ class FirecrackerVm:
     async def wait_dead(self) -> str:
         await asyncio.shield(self._gone)
         status = self._process.wait()
+        if status > _SIGNALLED:  # said by its guards
+            status = _SIGNALLED - status
         how = f"by signal {-status}" if status < 0 else f"with status {status}"
         return f"Firecracker ended {how}"
 
@@ -336,7 +362,11 @@ class FirecrackerVm:
 
     async def _close(self) -> None:
         with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            # The first process of a guarded VMM's namespace takes all others with it before it is gone itself.
+            for pid in _children(self._process.pid):
+                os.kill(pid, signal.SIGKILL)
+            if self.pid == self._process.pid:
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         done, _ = await asyncio.wait([self._gone], timeout=END_TIMEOUT_S)
         if done:
             self._process.wait()

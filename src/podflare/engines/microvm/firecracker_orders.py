@@ -132,6 +132,28 @@ def jailer_command(jailer: str, binary: str, vm_id: str, base: Path, user_id: in
     return [*command, "--api-sock", API_SOCKET, "--level", "Warning"]
 
 
+def guarded(command: list[str]) -> list[str]:
+    """`command`, so that it ends with whoever starts it, also if it changes its user, and in namespaces of its own.
+
+    A process that changes its user does not hear of its parent's death any more.  The two above it do: the upper one
+    dies with its parent, the lower one with that, and as the first of a PID namespace it takes along all in there.
+    """
+    upper = [
+        "setpriv",
+        "--pdeathsig",
+        "KILL",
+        "--",
+        "unshare",
+        "--net",
+        "--ipc",
+        "--pid",
+        "--fork",
+        "--kill-child=KILL",
+    ]
+    lower = ["sh", "-c", '"$@" & exec >/dev/null 2>&1; wait $!', "vmm"]
+    return [*upper, "--", *lower, *command]
+
+
 def jail_root(base: Path, binary: str, vm_id: str) -> Path:
     """The directory that the jailer makes the root of a VM's process."""
     return base / Path(binary).name / vm_id / "root"

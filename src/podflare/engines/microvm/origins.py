@@ -78,6 +78,8 @@ class Origins:
         # In this process first: flock(2) is by open file.
         async with self._making.setdefault(kept / key, asyncio.Lock()), _lock_file(kept / f"{key}.lock"):
             if not origin.disk.exists():
+                for half in kept.glob(f"{key}-*"):
+                    remove_tree(half)  # of a daemon that was killed: who makes one holds the lock
                 await self._make(image, origin, disk_bytes)
         return origin
 

@@ -65,7 +65,7 @@ def find(wish: str = AUTO, firecracker_path: str = "") -> Found:
     taken, problem = choice.choose(wish, statuses)
     notes = choice.notes(wish, statuses)
     if taken == FIRECRACKER and programs is not None:
-        confinement = Confinement.detect(kvm=True)
+        confinement = Confinement.detect(kvm=True, jailed=True)
         key = _key(FIRECRACKER, programs.version, _processor())
         return Found(Firecracker(programs, confinement), confinement, key, one.detail, notes)
     if taken == QEMU:
