@@ -266,6 +266,7 @@ found["name"] = attempt(lambda: socket.gethostbyname("api.example.com"))
         assert len(found) == 5 and all("unreachable" in one or "gaierror" in one for one in found.values()), found
 
 
+@pytest.mark.any_engine
 def test_a_flood_hurts_its_own_sandbox(networked: Networked) -> None:
     """While one sandbox opens connections, asks names and half-speaks to the proxy without end, a neighbour is served."""
     with networked.sandbox(True) as hostile, networked.sandbox(["api.example.com"]) as neighbour:
