@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import secrets
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import anyio
 from anyio.abc import TaskGroup
 
-from podflare.engines.base import Death, EngineReport, Limits, MachineSpec, UplinkEnds, Usage, Wall
+from podflare.engines.base import Capability, Death, EngineReport, Limits, MachineSpec, UplinkEnds, Usage, Wall
 from podflare.errors import EgressUnavailable, UnknownTemplate
 from podflare.wire import frames
 from podflare.wire.api import TemplateInfo
@@ -126,6 +126,7 @@ class ScriptedEngine:
     name = "scripted"
     templates: tuple[str, ...] = ("default",)
     how = ""
+    capabilities: Mapping[Capability, str] = {}
     pool_size = 4
     rehearsal = ""
 

@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from podflare.errors import QuotaExceeded as QuotaExceeded
     from podflare.errors import SandboxEndingWarning as SandboxEndingWarning
     from podflare.errors import SandboxNotFound as SandboxNotFound
+    from podflare.errors import SnapshotNotFound as SnapshotNotFound
     from podflare.errors import TemplateFailed as TemplateFailed
     from podflare.errors import TooLarge as TooLarge
     from podflare.errors import Unauthorized as Unauthorized
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     from podflare.wire.api import ForkReport as ForkReport
     from podflare.wire.api import SandboxInfo as SandboxInfo
     from podflare.wire.api import SandboxUsage as SandboxUsage
+    from podflare.wire.api import SnapshotInfo as SnapshotInfo
     from podflare.wire.egress import EgressEntry as EgressEntry
     from podflare.wire.egress import EgressLog as EgressLog
     from podflare.wire.events import Event as Event
@@ -136,13 +138,14 @@ _HOMES = {
         "QuotaExceeded",
         "SandboxEndingWarning",
         "SandboxNotFound",
+        "SnapshotNotFound",
         "TemplateFailed",
         "TooLarge",
         "Unauthorized",
         "UnknownRegionError",
         "UnknownTemplate",
     ),
-    "wire.api": ("ForkReport", "SandboxInfo", "SandboxUsage"),
+    "wire.api": ("ForkReport", "SandboxInfo", "SandboxUsage", "SnapshotInfo"),
     "wire.egress": ("EgressEntry", "EgressLog"),
     "wire.events": ("Event",),
     "wire.merges": ("ConflictInfo", "MergeReport", "MergeSide", "NotTransferable"),
@@ -205,6 +208,8 @@ __all__ = [
     "SandboxNotFound",
     "SandboxUsage",
     "Secret",
+    "SnapshotInfo",
+    "SnapshotNotFound",
     "TemplateFailed",
     "TooLarge",
     "ToolCallEvent",

@@ -9,6 +9,7 @@ PodflareError
 ├── Unauthorized             no API key, or one the daemon does not know
 ├── Forbidden                the daemon refuses this kind of peer (a web page of another origin)
 ├── SandboxNotFound          no such sandbox for this key (never made, closed, expired)
+├── SnapshotNotFound         no such snapshot for this key
 ├── CellNotFound             no kept output under this cell id
 ├── CallNotFound             the cell made no such tool call
 ├── Conflict                 the sandbox is in a state that does not allow this
@@ -108,6 +109,13 @@ class Forbidden(PodflareError, PermissionError):
 
 class SandboxNotFound(PodflareError, LookupError):
     code = "sandbox_not_found"
+    status = 404
+    fault = "caller"
+    retry_safe = True
+
+
+class SnapshotNotFound(PodflareError, LookupError):
+    code = "snapshot_not_found"
     status = 404
     fault = "caller"
     retry_safe = True

@@ -97,7 +97,8 @@ def _options(config: Config, instance: Instance, engine: str) -> EngineOptions:
         require=config.require,
         template_dir="" if config.template_dir is None else str(config.template_dir.absolute()),
         image_dir="" if config.image_dir is None else str(config.image_dir.absolute()),
-        snapshot_dir="" if config.embedded else str(config.data_dir.absolute() / "snapshots"),
+        # A private daemon's go with it, as all that it has.
+        snapshot_dir=str((folder if config.embedded else config.data_dir.absolute()) / "snapshots"),
         vmm=config.vmm,
         firecracker="" if config.firecracker is None else str(config.firecracker.absolute()),
     )

@@ -11,7 +11,7 @@ import pytest
 
 from machines import LIMITS
 from podflare.engines.base import Death, MachineSpec, Usage, Wall
-from podflare.errors import DeadlineExceeded, MachineFailed, NotBuilt, PodflareError, UnknownTemplate
+from podflare.errors import BadRequest, DeadlineExceeded, MachineFailed, NotBuilt, PodflareError, UnknownTemplate
 from podflare.wire import frames
 from podflare.wire.frames import Decoder
 from podflare.wire.messages import Ready, from_guest
@@ -223,6 +223,17 @@ def test_what_an_engine_does_not_claim_it_refuses(engine, portal):
             await machine.aclose()
 
     portal.call(check)
+
+
+def test_a_snapshot_that_there_is_not(engine, portal):
+    """What is asked of an unknown snapshot is refused: by an engine that keeps none as NotBuilt."""
+    expected = BadRequest if "snapshot" in engine.capabilities else NotBuilt
+    assert "none" not in engine.snapshots
+    for ask in (engine.describe_snapshot, engine.remove_snapshot):
+        with pytest.raises(expected):
+            ask("none")
+    with pytest.raises(expected):
+        portal.call(lambda: engine.restore("none", timeout_s=30))
 
 
 def test_machines_do_not_share_state(new_machine):

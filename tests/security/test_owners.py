@@ -44,6 +44,7 @@ def routes(sandbox: str, own: str) -> dict[str, tuple[str, str, object]]:
         "merge mine into it": ("POST", f"/v1/sandboxes/{own}/merge_into/{sandbox}", None),
         "merge its changes into mine": ("POST", f"/v1/sandboxes/{own}/merge/{sandbox}", {}),
         "merge my changes into it": ("POST", f"{base}/merge/{own}", {}),
+        "keep it": ("POST", f"{base}/snapshots", {"name": "x"}),
         "interrupt": ("POST", f"{base}/interrupt", None),
         "replay": ("GET", f"{base}/replay", None),
         "egress": ("GET", f"{base}/egress", None),

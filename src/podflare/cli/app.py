@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
-from podflare.cli import doctor, egress, gateway, image, listing, repl, run, serve, showcase, template, tree
+from podflare.cli import doctor, egress, gateway, image, listing, repl, run, serve, showcase, snapshot, template, tree
 from podflare.cli.terminal import complain, is_rich
 from podflare.errors import PodflareError
 
@@ -39,6 +39,7 @@ def make_app() -> typer.Typer:
     app.command("doctor")(doctor.doctor)
     app.add_typer(template.make_group(), name="template")
     app.add_typer(image.make_group(), name="image")
+    app.add_typer(snapshot.make_group(), name="snapshot")
     app.command("serve", add_help_option=False, context_settings=_AS_GIVEN)(_serve)
     app.command("gateway")(gateway.gateway)
     app.command("demo")(showcase.demo)

@@ -11,6 +11,7 @@ import typer
 
 from podflare.cli.cells import run_cell, show_output
 from podflare.cli.daemon import ENGINE, HOST, TEMPLATE
+from podflare.cli.snapshot import SNAPSHOT
 from podflare.cli.terminal import complain, write_output
 from podflare.errors import PodflareError, SandboxNotFound
 from podflare.wire.events import EXIT, RESULT
@@ -21,7 +22,12 @@ if TYPE_CHECKING:
 _LEAVING = frozenset(("exit", "quit", "exit()", "quit()"))
 
 
-def repl(template: str | None = TEMPLATE, engine: str | None = ENGINE, host: str | None = HOST) -> None:
+def repl(
+    template: str | None = TEMPLATE,
+    engine: str | None = ENGINE,
+    snapshot: str | None = SNAPSHOT,
+    host: str | None = HOST,
+) -> None:
     """Talk to a sandbox's Python line by line; `!command` runs bash.
 
     A block ends at an empty line.  Ctrl-C interrupts the running cell, or drops the line being typed; Ctrl-D, exit
@@ -32,7 +38,7 @@ def repl(template: str | None = TEMPLATE, engine: str | None = ENGINE, host: str
     interactive = sys.stdin.isatty()
     if interactive:
         _edit_lines()
-    with Sandbox(host=host, template=template, engine=engine) as sandbox:
+    with Sandbox(host=host, template=template, engine=engine, snapshot=snapshot) as sandbox:
         if interactive:
             print(f"podflare: sandbox {sandbox.id}. Ctrl-C interrupts, Ctrl-D ends, !command is bash.")
         while (cell := _read_cell(interactive)) is not None:

@@ -11,6 +11,7 @@ import typer
 from podflare.cli.cells import run_cell
 from podflare.cli.daemon import ENGINE, HOST, TEMPLATE
 from podflare.cli.egress import ALLOW, EGRESS, wanted
+from podflare.cli.snapshot import SNAPSHOT
 
 _BASH_SUFFIXES = (".sh", ".bash")
 _LANGUAGES: dict[str, Literal["python", "bash"]] = {"python": "python", "bash": "bash"}
@@ -25,6 +26,7 @@ def run(
     ),
     template: str | None = TEMPLATE,
     engine: str | None = ENGINE,
+    snapshot: str | None = SNAPSHOT,
     everything: bool = EGRESS,
     allow: list[str] = ALLOW,
     host: str | None = HOST,
@@ -41,7 +43,7 @@ def run(
     source = _read(file) if code is None else code
     from podflare import Sandbox
 
-    with Sandbox(host=host, template=template, engine=engine, egress=reach) as sandbox:
+    with Sandbox(host=host, template=template, engine=engine, snapshot=snapshot, egress=reach) as sandbox:
         exit_code = run_cell(sandbox, source, language=spoken, timeout_s=timeout)
     raise typer.Exit(exit_code if 0 <= exit_code <= 255 else exit_code & 0xFF or 1)
 

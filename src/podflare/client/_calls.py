@@ -248,10 +248,11 @@ def parse_created(call: Call, body: bytes) -> dict[str, Any]:
 
 def ignored(options: Mapping[str, Any], created: Mapping[str, Any]) -> str:
     """What decides about the walls and the daemon did not heed, because it is too old to know it; "" if nothing."""
-    engine = options.get("engine")
-    if engine is None or created.get("engine") == engine:
-        return ""
-    return f"the daemon does not know engine={engine!r:.80}: it is of an older version"
+    for key in ("engine", "snapshot"):
+        asked = options.get(key)
+        if asked is not None and created.get(key) != asked:
+            return f"the daemon does not know {key}={asked!r:.80}: it is of an older version"
+    return ""
 
 
 def parse_children(call: Call, body: bytes, n: int) -> list[str]:
@@ -344,6 +345,7 @@ def parse_info(value: Mapping[str, Any]) -> SandboxInfo:
         generation=whole("generation"),
         children=parse_texts(value.get("children")),
         fork_report=_fork_report(value.get("fork_report")),
+        snapshot=value["snapshot"] if isinstance(value.get("snapshot"), str) else None,
         secrets=parse_hosts(value.get("secrets")),
         usage=_usage(value.get("usage")),
         expires_at_ms=optional("expires_at_ms"),

@@ -128,6 +128,20 @@ class Death:
 
 
 @dataclass(frozen=True)
+class Snapshot:
+    """What is told of a machine that is kept on disk."""
+
+    name: str
+    spec: MachineSpec
+    """Of the machine; what is restored has the same."""
+    created_at_ms: int
+    size_bytes: int
+    """On disk."""
+    note: Mapping[str, Any]
+    """What Machine.snapshot was given to keep with it."""
+
+
+@dataclass(frozen=True)
 class FileConflict:
     """A path that both machines changed since they were one, and not alike."""
 
@@ -265,13 +279,14 @@ class Machine(Protocol):
             MachineFailed; DeadlineExceeded.
         """
 
-    async def snapshot(self, name: str, *, timeout_s: float) -> None:
+    async def snapshot(self, name: str, *, note: Mapping[str, Any] | None = None, timeout_s: float) -> None:
         """Keep this running machine on disk under a name, exact, memory included; it goes on at once.
 
         Precondition: no cell runs.  Called by the host under the sandbox's exec lock.
         What is kept outlives this machine and this daemon, and can be restored any number of times (Engine.restore).
+        Args: note: plain JSON, kept with it (Engine.describe_snapshot).
         Raises: NotBuilt if the engine cannot keep machines; BadRequest for a name that cannot be one; Conflict if it
-            is taken; MachineFailed, DeadlineExceeded.  Then nothing is kept.
+            is taken; MachineFailed, DeadlineExceeded.  Then, and if cancelled, nothing is kept.
         """
 
     async def wait_dead(self) -> Death:
@@ -332,6 +347,9 @@ class Engine(Protocol):
     def snapshots(self) -> tuple[str, ...]:
         """Names of what Machine.snapshot has kept, by any daemon with this directory."""
 
+    def describe_snapshot(self, name: str) -> Snapshot:
+        """Blocks.  Raises: NotBuilt; BadRequest if there is none; MachineFailed if it is damaged."""
+
     async def restore(self, name: str, *, timeout_s: float) -> Machine:
         """A machine that goes on from a snapshot, as one that `create` gives.
 
@@ -340,7 +358,7 @@ class Engine(Protocol):
         """
 
     def remove_snapshot(self, name: str) -> None:
-        """Machines that were restored from it live on.  Raises: NotBuilt; BadRequest if there is none."""
+        """Machines that were restored from it live on.  Blocks.  Raises: NotBuilt; BadRequest if there is none."""
 
     async def aclose(self) -> None:
         """Close every machine, then what `start` acquired.  Idempotent."""

@@ -1,5 +1,7 @@
 """An engine without any isolation: the real guest in an ordinary child process.  For tests only.
 
+A snapshot of its machines has the files of their home and nothing of their memory.
+
 Passes the engine contract suite, so that everything above engines can be tested on any computer without rights.
 User code runs as the daemon's user with all its files and network: no configuration may ever select this engine.
 """
@@ -27,11 +29,13 @@ from podflare.engines.base import (
     Limits,
     Machine,
     MachineSpec,
+    Snapshot,
     UplinkEnds,
     Usage,
     Wall,
 )
 from podflare.engines.bundle import build_bundle
+from podflare.engines.snapshots import SnapshotStore
 from podflare.errors import DeadlineExceeded, EgressUnavailable, MachineFailed, NotBuilt, UnknownTemplate
 from podflare.wire.api import Diff, TemplateInfo
 
@@ -80,8 +84,12 @@ class FakeMachine:
     async def merge_files(self, other: Machine, paths: tuple[str, ...], *, timeout_s: float) -> FileMerge:
         raise NotBuilt("the fake engine has no layers to merge")
 
-    async def snapshot(self, name: str, *, timeout_s: float) -> None:
-        raise NotBuilt("the fake engine cannot keep a machine")
+    async def snapshot(self, name: str, *, note: Mapping[str, Any] | None = None, timeout_s: float) -> None:
+        if self._process.returncode is not None:
+            raise MachineFailed(f"machine {self.id} is dead")
+        with self._owner.saved.keeping(name) as keeping:
+            shutil.copytree(self.home, keeping.folder / "home")
+            keeping.publish(self.spec, note or {}, {})
 
     async def wait_dead(self) -> Death:
         status = await self._process.wait()
@@ -108,13 +116,17 @@ class FakeEngine:
 
     name = "fake"
     how = ""
-    capabilities: Mapping[Capability, str] = {}
+    capabilities: Mapping[Capability, str] = {"snapshot": "the files of its home"}
     pool_size = 4
     rehearsal = ""
     templates: tuple[str, ...] = ("default",)
 
-    def __init__(self, python: str = sys.executable) -> None:
-        """Args: python: the interpreter that runs the guest, 3.9 or newer."""
+    def __init__(self, python: str = sys.executable, saved: SnapshotStore | None = None) -> None:
+        """Args:
+        python: the interpreter that runs the guest, 3.9 or newer.
+        saved: where snapshots are kept; None: none can be.
+        """
+        self.saved = saved or SnapshotStore("", Path())
         self._python = python
         self._bundle: Path | None = None
         self._machines: set[FakeMachine] = set()
@@ -141,7 +153,9 @@ class FakeEngine:
             raise EgressUnavailable("the fake engine's machines have no network of their own")
         if self._bundle is None:
             raise MachineFailed("the engine was not started, or is closed")
-        machine = await self._launch(spec, self._bundle)
+        return await self._started(await self._launch(spec, self._bundle), timeout_s)
+
+    async def _started(self, machine: FakeMachine, timeout_s: float) -> FakeMachine:
         try:
             with anyio.fail_after(timeout_s):
                 await anyio.wait_readable(machine.channel)
@@ -155,8 +169,10 @@ class FakeEngine:
             raise
         return machine
 
-    async def _launch(self, spec: MachineSpec, bundle: Path) -> FakeMachine:
+    async def _launch(self, spec: MachineSpec, bundle: Path, files: Path | None = None) -> FakeMachine:
         home = Path(tempfile.mkdtemp(prefix="podflare-home-"))
+        if files is not None:
+            shutil.copytree(files, home, dirs_exist_ok=True)
         ours, theirs = socket.socketpair()
         try:
             ours.setblocking(False)
@@ -180,13 +196,19 @@ class FakeEngine:
 
     @property
     def snapshots(self) -> tuple[str, ...]:
-        return ()
+        return self.saved.names
+
+    def describe_snapshot(self, name: str) -> Snapshot:
+        return self.saved.get(name).about
 
     async def restore(self, name: str, *, timeout_s: float) -> Machine:
-        raise NotBuilt("the fake engine cannot keep a machine")
+        kept = self.saved.get(name)
+        if self._bundle is None:
+            raise MachineFailed("the engine was not started, or is closed")
+        return await self._started(await self._launch(kept.about.spec, self._bundle, kept.folder / "home"), timeout_s)
 
     def remove_snapshot(self, name: str) -> None:
-        raise NotBuilt("the fake engine cannot keep a machine")
+        self.saved.remove(name)
 
     def forget(self, machine: FakeMachine) -> None:
         """Called by a machine that is closed."""

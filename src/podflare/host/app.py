@@ -33,6 +33,7 @@ from podflare.wire.api import (
     ForkRequest,
     LifetimesRequest,
     SandboxUsage,
+    SnapshotRequest,
     ToolAnswer,
     error_body,
 )
@@ -102,6 +103,10 @@ class App:
             ("POST", f"{one}/merge_into/{{winner}}", self._merge),
             ("POST", f"{one}/merge/{{other}}", self._merge_changes),
             ("GET", f"{one}/diff/{{other}}", self._diff),
+            ("POST", f"{one}/snapshots", self._take_snapshot),
+            ("GET", "/v1/snapshots", self._list_snapshots),
+            ("GET", "/v1/snapshots/{name}", self._get_snapshot),
+            ("DELETE", "/v1/snapshots/{name}", self._remove_snapshot),
             ("POST", f"{one}/interrupt", self._interrupt),
             ("POST", f"{one}/cells/{{cell}}/tool_results", self._answer_tool_call),
             ("GET", f"{one}/replay", self._replay),
@@ -281,6 +286,25 @@ class App:
         comparing = self._daemon.branches.diff(names["id"], names["other"], scope["owner"], request)
         found = await while_connected(receive, comparing)
         await http.send_json(send, 200, found.to_json())
+
+    # Snapshots.
+
+    async def _take_snapshot(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = SnapshotRequest.from_json(await self._object(scope, receive, "snapshot request"))
+        taking = self._daemon.snapshots.take(scope["path_params"]["id"], scope["owner"], request)
+        await http.send_json(send, 200, (await while_connected(receive, taking)).to_json())
+
+    async def _list_snapshots(self, scope: Scope, receive: Receive, send: Send) -> None:
+        found = await self._daemon.snapshots.owned_by(scope["owner"])
+        await http.send_json(send, 200, {"snapshots": [one.to_json() for one in found]})
+
+    async def _get_snapshot(self, scope: Scope, receive: Receive, send: Send) -> None:
+        found = await self._daemon.snapshots.get(scope["path_params"]["name"], scope["owner"])
+        await http.send_json(send, 200, found.to_json())
+
+    async def _remove_snapshot(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._daemon.snapshots.remove(scope["path_params"]["name"], scope["owner"])
+        await http.send_nothing(send)
 
     # Cells.
 

@@ -12,14 +12,15 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import anyio
 from anyio.abc import TaskGroup
 
-from podflare.engines.base import Engine, MachineSpec
+from podflare.engines.base import Engine, Limits, MachineSpec
 from podflare.errors import (
+    BadRequest,
     Conflict,
     MachineFailed,
     NoCapacity,
@@ -37,11 +38,12 @@ from podflare.host.engines import Engines
 from podflare.host.headroom import MIB, Headroom
 from podflare.host.kept import Room
 from podflare.host.lineage import Lineage, Terms
-from podflare.host.pool import Warm
+from podflare.host.pool import Warm, greet
 from podflare.host.pools import Pools, limits_of
 from podflare.host.recover import Instance
 from podflare.host.registry import NOT_FOUND, Registry, new_sandbox_id
 from podflare.host.sandbox import Sandbox
+from podflare.host.snapshots import Origin, Snapshots
 from podflare.host.store import Store
 from podflare.wire.api import CreateRequest, SandboxInfo, SandboxUsage, TemplateInfo
 
@@ -65,6 +67,18 @@ class _Remembered:
     made: asyncio.Event
     expires_s: float
     sandbox_id: str = ""
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A machine for a sandbox, and on which terms."""
+
+    engine: Engine
+    granted: CreateRequest
+    warm: Warm
+    outlet: Outlet | None
+    warnings: tuple[str, ...]
+    lineage: Lineage = field(default_factory=Lineage)
 
 
 class Daemon:
@@ -91,6 +105,7 @@ class Daemon:
         self._outlets = Outlets(config)
         self._measuring = anyio.Semaphore(MEASURING)
         self._pools = Pools(engines, config)
+        self.snapshots = Snapshots(engines, self.registry, config, self._headroom)
         self.branches = Branches(self.registry, starting=self._start, add=self._add)
 
     async def run(self, tasks: TaskGroup) -> None:
@@ -154,25 +169,55 @@ class Daemon:
     async def _create(self, request: CreateRequest, owner: str) -> Sandbox:
         start = time.monotonic()
         self._admit(request)
-        reach = self._outlets.grant(request)
         with self._start(owner, 1):
-            engine = await self.engines.get(request.engine)
-            self.engines.check_template(engine, request.template)
-            granted, notes = self._grant(request, owner, engine)
-            warm, outlet = await self._machine(granted, engine, reach)
-            body = Body(warm.machine, warm.link, outlet)
+            made = await (self._made(request, owner) if request.snapshot is None else self._restored(request, owner))
+            body = Body(made.warm.machine, made.warm.link, made.outlet)
             if self._closing:
                 await body.aclose()
                 raise NoCapacity(SHUT_DOWN)
-            sandbox = self._adopt(granted, owner, engine, body, (*notes, *_warnings(request, warm)))
+            sandbox = self._adopt(made, owner, body)
         telemetry.event(
             "sandbox claimed",
             sandbox=sandbox.id,
-            machine=warm.machine.id,
-            source="pool" if warm.pooled else "on_demand",
+            machine=made.warm.machine.id,
+            source="snapshot" if request.snapshot is not None else "pool" if made.warm.pooled else "on_demand",
             ms=round((time.monotonic() - start) * 1000, 3),
         )
         return sandbox
+
+    async def _made(self, request: CreateRequest, owner: str) -> _Made:
+        reach = self._outlets.grant(request)
+        engine = await self.engines.get(request.engine)
+        self.engines.check_template(engine, request.template)
+        granted, notes = self._grant(request, owner, limits_of(engine.describe(request.template)))
+        warm, outlet = await self._machine(granted, engine, reach)
+        return _Made(engine, granted, warm, outlet, (*notes, *_warnings(request, warm)))
+
+    async def _restored(self, request: CreateRequest, owner: str) -> _Made:
+        """Raises: SnapshotNotFound; BadRequest for another engine; QuotaExceeded; as Engine.restore."""
+        assert request.snapshot is not None
+        with await self.snapshots.begin(request.snapshot, owner) as origin:
+            engine = origin.engine
+            if request.engine not in (None, engine.name):
+                raise BadRequest(f"the snapshot {request.snapshot!r} is of the engine {engine.name}")
+            self._check_caps(origin, owner)
+            asked = replace(request, template=origin.kept.spec.template)
+            granted, notes = self._grant(asked, owner, origin.kept.spec.limits)
+            machine = await engine.restore(origin.kept.name, timeout_s=self.config.create_timeout_s)
+            warm = await greet(machine, pooled=False)
+        if self.config.egress is not False:
+            notes = (*notes, "egress is not given: a sandbox that goes on from a snapshot has no network")
+        return _Made(engine, granted, warm, None, notes, origin.lineage)
+
+    def _check_caps(self, origin: Origin, owner: str) -> None:
+        """What is kept cannot be cut.  Raises: QuotaExceeded if it has more than its owner may have by now."""
+        tier, limits = self.config.tier_of(owner), origin.kept.spec.limits
+        for name, has, cap in (
+            ("ram_mib", limits.memory_bytes >> 20, tier.ram_mib),
+            ("rootfs_gb", limits.disk_bytes >> 30, tier.rootfs_gb),
+        ):
+            if cap is not None and has > cap:
+                raise QuotaExceeded(f"the snapshot has {name}={has}, this key may have {cap} (tier {tier.name})")
 
     def _admit(self, request: CreateRequest) -> None:
         if self._closing:
@@ -208,15 +253,15 @@ class Daemon:
             if self._closing and not self._starting:
                 self._none_starting.set()
 
-    def _grant(self, request: CreateRequest, owner: str, engine: Engine) -> tuple[CreateRequest, tuple[str, ...]]:
+    def _grant(self, request: CreateRequest, owner: str, limits: Limits) -> tuple[CreateRequest, tuple[str, ...]]:
         """The request with the defaults filled in and the owner's caps applied; what was cut, in plain words."""
-        config, template = self.config, engine.describe(request.template)
+        config = self.config
         resolved = replace(
             request,
             timeout_seconds=_or(request.timeout_seconds, config.lifetime_s),
             idle_timeout_seconds=_or(request.idle_timeout_seconds, config.idle_s),
-            ram_mib=_or(request.ram_mib, template.ram_mib),
-            rootfs_gb=_or(request.rootfs_gb, template.rootfs_gb),
+            ram_mib=_or(request.ram_mib, limits.memory_bytes >> 20),
+            rootfs_gb=_or(request.rootfs_gb, limits.disk_bytes >> 30),
         )
         return config.tier_of(owner).grant(request, resolved)
 
@@ -246,10 +291,8 @@ class Daemon:
                 raise
             raise MachineFailed(f"could not start a machine: {exc}") from exc
 
-    def _adopt(
-        self, granted: CreateRequest, owner: str, engine: Engine, body: Body, warnings: tuple[str, ...]
-    ) -> Sandbox:
-        limits = body.machine.spec.limits
+    def _adopt(self, made: _Made, owner: str, body: Body) -> Sandbox:
+        granted, limits = made.granted, body.machine.spec.limits
         terms = Terms(
             template=granted.template,
             ram_mib=limits.memory_bytes >> 20,
@@ -257,10 +300,10 @@ class Daemon:
             timeout_seconds=granted.timeout_seconds,
             idle_timeout_seconds=granted.idle_timeout_seconds,
             metadata=dict(granted.metadata),
-            warnings=warnings,
-            engine=engine.name,
+            warnings=made.warnings,
+            engine=made.engine.name,
         )
-        return self._add(owner, terms, Lineage(), body)
+        return self._add(owner, terms, made.lineage, body)
 
     def _add(self, owner: str, terms: Terms, lineage: Lineage, body: Body) -> Sandbox:
         """The machine becomes a sandbox with an id."""

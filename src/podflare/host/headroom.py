@@ -75,6 +75,16 @@ class Headroom:
         if reserve and files is not None and files.left < files.reserve(MOST_FILES_RESERVE):
             raise NoCapacity(f"no disk for {what}: its file system has only {files.left} inodes left")
 
+    def admit_snapshot(self, size_bytes: int) -> None:
+        """Check that so much can be kept on disk.  Raises: NoCapacity, as `admit`."""
+        disk, _ = self.disk()
+        reserve = self._reserve(self._disk_reserve, disk, MOST_DISK_RESERVE)
+        if reserve and disk.left - reserve < size_bytes:
+            raise NoCapacity(
+                f"no disk for a snapshot of about {size_bytes // MIB} MiB: {disk.left // MIB} MiB are left, and "
+                f"{reserve // MIB} are kept free (PODFLARE_DISK_RESERVE_MIB)"
+            )
+
     def describe(self) -> dict[str, int | None]:
         """Its part of GET /v1/capacity."""
         memory, (disk, _) = self.memory(), self.disk()

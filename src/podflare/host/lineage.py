@@ -33,6 +33,8 @@ class Lineage:
     cells: int = 0
     """Cells that had run in its memory when it began."""
     fork_report: ForkReport | None = None
+    snapshot: str | None = None
+    """What it was made of, if that was one."""
 
 
 def read_report(told: Mapping[str, Any]) -> ForkReport:

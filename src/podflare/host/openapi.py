@@ -21,6 +21,8 @@ from podflare.wire.api import (
     ForkRequest,
     LifetimesRequest,
     SandboxInfo,
+    SnapshotInfo,
+    SnapshotRequest,
     TemplateInfo,
 )
 from podflare.wire.egress import EgressLog
@@ -138,6 +140,8 @@ def document() -> dict[str, Any]:
             Diff,
             EgressLog,
             SandboxInfo,
+            SnapshotInfo,
+            SnapshotRequest,
             TemplateInfo,
             Resolution,
             ConflictInfo,
@@ -177,7 +181,7 @@ def document() -> dict[str, Any]:
 
 def _bound(schemas: dict[str, Any]) -> None:
     """Add what a dataclass does not say: the bounds of numbers in requests, as wire.api has them."""
-    for request in (CreateRequest, ExecRequest, ForkRequest, LifetimesRequest):
+    for request in (CreateRequest, ExecRequest, ForkRequest, LifetimesRequest, SnapshotRequest):
         for name, (low, high) in _BOUNDS.items():
             shape = schemas[request.__name__]["properties"].get(name, {})
             for choice in shape.get("anyOf", [shape]):
@@ -266,6 +270,26 @@ def _branch_paths() -> dict[str, Any]:
     }
 
 
+def _snapshot_paths() -> dict[str, Any]:
+    info = _content("application/json", _ref("SnapshotInfo"))
+    return {
+        "/v1/sandboxes/{id}/snapshots": {
+            "post": _operation(
+                "Keep a sandbox on disk", takes=_content("application/json", _ref("SnapshotRequest")), gives=info
+            )
+        },
+        "/v1/snapshots": {
+            "get": _operation(
+                "List your snapshots", gives=_content("application/json", _list_of("snapshots", "SnapshotInfo"))
+            )
+        },
+        "/v1/snapshots/{name}": {
+            "get": _operation("One snapshot", gives=info),
+            "delete": _operation("Remove a snapshot", status=204),
+        },
+    }
+
+
 def _cell_paths(raw: dict[str, Any]) -> dict[str, Any]:
     events = _content("application/x-ndjson", _ref("Event"))
     interrupted = {
@@ -322,6 +346,7 @@ def _paths() -> dict[str, Any]:
         },
         **_cell_paths(raw),
         **_branch_paths(),
+        **_snapshot_paths(),
         "/v1/sandboxes/{id}/egress": {
             "get": _operation("What it tried to reach", gives=_content("application/json", _ref("EgressLog")))
         },

@@ -569,6 +569,7 @@ class Sandbox:
             generation=self.lineage.generation,
             children=children,
             fork_report=self.lineage.fork_report,
+            snapshot=self.lineage.snapshot,
             secrets={} if self._outlet is None else self._outlet.grant.hosts,
             usage=usage,
             expires_at_ms=None if left.life_s is None else time.time_ns() // 1_000_000 + round(left.life_s * 1000),

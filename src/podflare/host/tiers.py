@@ -25,6 +25,9 @@ class Tier:
     rootfs_gb: int | None = None
     sandboxes: int | None = None
     """That live at a time, forks included."""
+    snapshots: int | None = None
+    snapshots_gb: int | None = None
+    """Number and disk of what is kept."""
 
     def grant(self, asked: CreateRequest, resolved: CreateRequest) -> tuple[CreateRequest, tuple[str, ...]]:
         """`resolved`, capped, and in plain words what of `asked` was cut.
@@ -57,10 +60,10 @@ PUBLISHED: Mapping[str, Tier] = {
     tier.name: tier
     for tier in (
         Tier(DEFAULT),
-        # The hosted service's caps; it publishes none for the number of sandboxes, so those are ours.
-        Tier("free", 1800, 300, 1024, 4, sandboxes=40),
-        Tier("pro", 28_800, 1800, 4096, 16, sandboxes=200),
-        Tier("scale", 86_400, 7200, 16_384, 64, sandboxes=1000),
+        # The hosted service's caps; it publishes none for the numbers of sandboxes and snapshots, so those are ours.
+        Tier("free", 1800, 300, 1024, 4, sandboxes=40, snapshots=5, snapshots_gb=5),
+        Tier("pro", 28_800, 1800, 4096, 16, sandboxes=200, snapshots=50, snapshots_gb=50),
+        Tier("scale", 86_400, 7200, 16_384, 64, sandboxes=1000, snapshots=500, snapshots_gb=500),
     )
 }
 _HIGHEST = {
@@ -69,6 +72,8 @@ _HIGHEST = {
     "ram_mib": 1 << 20,
     "rootfs_gb": 4096,
     "sandboxes": 1_000_000,
+    "snapshots": 1_000_000,
+    "snapshots_gb": 1_000_000,
 }
 
 

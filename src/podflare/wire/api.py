@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import posixpath
+import re
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from typing import Any, Dict, Iterable, Mapping, Optional, Tuple
@@ -35,6 +36,8 @@ MAX_FORKS = 32
 """Children of one fork call."""
 DEFAULT_FORK_TIMEOUT_S = 50.0
 """Below the 60 s after which the original's client gives up on a silent fork."""
+MAX_SNAPSHOT_CHARS = 64
+_SNAPSHOT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\Z", re.ASCII)
 MAX_DIFF_PATHS = 64
 DIFF_PATHS = ("/root", "/tmp")
 """What a diff compares unless it is told."""
@@ -46,6 +49,8 @@ class CreateRequest:
 
     template: str = DEFAULT_TEMPLATE
     engine: Optional[str] = None
+    snapshot: Optional[str] = None
+    """Go on from a snapshot, which has template and limits; then `template` means nothing."""
     timeout_seconds: Optional[int] = None
     idle_timeout_seconds: Optional[int] = None
     ram_mib: Optional[int] = None
@@ -61,9 +66,13 @@ class CreateRequest:
     def from_json(cls, body: Dict[str, Any]) -> "CreateRequest":
         """Raises: BadRequest that names the key and what it must be.  Unknown keys are ignored (newer clients)."""
         read = Fields(body, error=BadRequest, what="create request")
+        snapshot = read.optional_text("snapshot", max_chars=MAX_SNAPSHOT_CHARS) or None
+        if snapshot is not None:
+            _check_snapshot_alone(body)
         return cls(
             template=read.text("template", max_chars=128, default=DEFAULT_TEMPLATE) or DEFAULT_TEMPLATE,
             engine=read.optional_text("engine", max_chars=64) or None,
+            snapshot=snapshot,
             timeout_seconds=read.optional_integer("timeout_seconds", low=1, high=MAX_LIFETIME_S),
             idle_timeout_seconds=read.optional_integer("idle_timeout_seconds", low=1, high=MAX_LIFETIME_S),
             ram_mib=read.optional_integer("ram_mib", low=64, high=1024 * 1024),
@@ -73,6 +82,54 @@ class CreateRequest:
             secrets=read_secrets(body.get("secrets")),
             metadata=read.text_map("metadata", max_items=MAX_METADATA_ITEMS, max_chars=1024),
         )
+
+
+def _check_snapshot_alone(body: Mapping[str, Any]) -> None:
+    """Raises: BadRequest if more is asked for than a snapshot allows."""
+    for key in ("template", "ram_mib", "rootfs_gb"):
+        if body.get(key) is not None:
+            raise BadRequest(f"create request: {key!r} cannot be given with 'snapshot', which has its own")
+    for key in ("egress", "secrets"):
+        if body.get(key):
+            raise BadRequest(f"create request: {key!r} cannot be given with 'snapshot': it goes on without a network")
+
+
+@dataclass(frozen=True)
+class SnapshotRequest:
+    """Body of POST /v1/sandboxes/{id}/snapshots."""
+
+    name: str
+    timeout_seconds: float = DEFAULT_FORK_TIMEOUT_S
+    """For all of it: waiting for a running cell, and writing."""
+
+    @classmethod
+    def from_json(cls, body: Dict[str, Any]) -> "SnapshotRequest":
+        """Raises: BadRequest that names the key and what it must be."""
+        read = Fields(body, error=BadRequest, what="snapshot request")
+        name = read.text("name", max_chars=MAX_SNAPSHOT_CHARS)
+        if not _SNAPSHOT_NAME.match(name):
+            raise read.fail("name", "letters, digits, '_', '.' and '-', no sign first")
+        timeout = read.optional_number("timeout_seconds", low=0.001, high=MAX_LIFETIME_S)
+        return cls(name, DEFAULT_FORK_TIMEOUT_S if timeout is None else timeout)
+
+
+@dataclass(frozen=True)
+class SnapshotInfo:
+    """A sandbox kept on disk.  Answer of POST .../snapshots and GET /v1/snapshots."""
+
+    name: str
+    engine: str
+    template: str
+    ram_mib: int
+    rootfs_gb: int
+    created_at_ms: int
+    size_bytes: int
+    """On disk."""
+    sandbox_id: str
+    """Of the sandbox that was kept, which may be gone by now."""
+
+    def to_json(self) -> Dict[str, Any]:
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -384,6 +441,8 @@ class SandboxInfo:
     """Ids of its forks that live."""
     fork_report: Optional[ForkReport] = None
     """Of a fork: what could not cross."""
+    snapshot: Optional[str] = None
+    """The snapshot that it was made of, if it was."""
     secrets: Mapping[str, Tuple[str, ...]] = field(default_factory=dict)
     """Variable -> the hosts whose requests get the value."""
     usage: Optional[SandboxUsage] = None

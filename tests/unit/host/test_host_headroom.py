@@ -31,10 +31,15 @@ def test_memory_in_use_decides_not_what_was_granted(tmp_path):
 
 
 def test_a_full_disk_admits_none(tmp_path):
-    """Below its reserve of disk a machine takes no sandbox, and says so."""
+    """Below its reserve of disk a machine takes no sandbox, nor a snapshot that would go below it, and says so."""
     proc = fake_proc(tmp_path, available_mib=900)
     with pytest.raises(NoCapacity, match=r"no disk for 1 more sandbox: \d+ MiB are left .*PODFLARE_DISK_RESERVE_MIB"):
         Headroom(tmp_path, disk_reserve=1 << 60, proc=proc).admit(1)
+    headroom = Headroom(tmp_path, disk_reserve=MIB, proc=proc)
+    headroom.admit_snapshot(1)
+    with pytest.raises(NoCapacity, match=r"no disk for a snapshot of about 1099511627776 MiB: \d+ MiB are left"):
+        headroom.admit_snapshot(1 << 60)
+    Headroom(tmp_path, disk_reserve=0, proc=proc).admit_snapshot(1 << 60)
 
 
 @pytest.mark.parametrize("version", [1, 2])

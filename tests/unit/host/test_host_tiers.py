@@ -62,7 +62,7 @@ def test_keys_name_tiers():
     assert config.key_digests == (digest("plain"), digest("one"), digest("two"))
     of = {key: config.tier_of(keys.owner(f"Bearer {key}")) for key in ("plain", "one", "two")}
     assert of["plain"] == Tier(DEFAULT)
-    assert of["one"] == Tier("free", 1800, 300, None, 4, sandboxes=3)
+    assert of["one"] == Tier("free", 1800, 300, None, 4, sandboxes=3, snapshots=5, snapshots_gb=5)
     assert of["two"] == Tier("lab", timeout_seconds=60)
 
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from secrets import token_hex
 from typing import Any
 
-from podflare.client import _calls, _config, _egress, _embedded, _merging, _tools
+from podflare.client import _calls, _config, _egress, _embedded, _merging, _snapshots, _tools
 from podflare.client._async.connection import AsyncConnection
 from podflare.client._async.pty import AsyncPtyCalls
 from podflare.client._concurrency import beside_async, in_thread_async, outcome_async, shield_async
@@ -30,7 +30,7 @@ from podflare.errors import (
     PodflareError,
     TooLarge,
 )
-from podflare.wire.api import SandboxInfo
+from podflare.wire.api import SandboxInfo, SnapshotInfo
 from podflare.wire.egress import EgressLog
 from podflare.wire.merges import MergeReport
 
@@ -172,6 +172,7 @@ class AsyncClient(AsyncPtyCalls):
         template: str | None = None,
         *,
         engine: str | None = None,
+        snapshot: str | None = None,
         timeout_seconds: int | None = None,
         idle_timeout_seconds: int | None = None,
         ram_mib: int | None = None,
@@ -185,6 +186,7 @@ class AsyncClient(AsyncPtyCalls):
         created = await self.create_sandbox_info(
             template,
             engine=engine,
+            snapshot=snapshot,
             timeout_seconds=timeout_seconds,
             idle_timeout_seconds=idle_timeout_seconds,
             ram_mib=ram_mib,
@@ -201,6 +203,7 @@ class AsyncClient(AsyncPtyCalls):
         template: str | None = None,
         *,
         engine: str | None = None,
+        snapshot: str | None = None,
         timeout_seconds: int | None = None,
         idle_timeout_seconds: int | None = None,
         ram_mib: int | None = None,
@@ -212,13 +215,14 @@ class AsyncClient(AsyncPtyCalls):
     ) -> dict[str, Any]:
         """The daemon's whole answer to a create: effective values, `warnings` for what is not given.
 
-        Raises: UnknownTemplate, BadRequest, NotBuilt (also if the daemon is too old to know `engine`),
-            EgressUnavailable, NoCapacity, QuotaExceeded, IsolationIncomplete, ...
+        Raises: UnknownTemplate, BadRequest, NotBuilt (also if the daemon is too old to know `engine` or
+            `snapshot`), SnapshotNotFound, EgressUnavailable, NoCapacity, QuotaExceeded, IsolationIncomplete, ...
         If cancelled or interrupted: the sandbox that may have come to be is closed.
         """
         options = {
             "template": template,
             "engine": engine,
+            "snapshot": snapshot,
             "timeout_seconds": timeout_seconds,
             "idle_timeout_seconds": idle_timeout_seconds,
             "ram_mib": ram_mib,
@@ -465,6 +469,26 @@ class AsyncClient(AsyncPtyCalls):
                 answer = await outcome_async(_merging.ask, on_conflict, item)
                 decided[item.kind, item.name] = _merging.resolution(item, answer)
         raise _merging.conflict_error(sandbox_id, other_id, report)
+
+    async def snapshot_sandbox(self, sandbox_id: str, name: str, *, timeout: float | None = None) -> SnapshotInfo:
+        """As `AsyncSandbox.snapshot`."""
+        call = _snapshots.take(sandbox_id, name, timeout)
+        read_s = _config.FORK_TIMEOUT_S if timeout is None else timeout + _config.FORK_ANSWER_S
+        connection = await self.connection()
+        answer = await connection.call(call, read_timeout_s=read_s)
+        return _snapshots.parse(_calls.parse_object(call, answer))
+
+    async def snapshots(self) -> list[SnapshotInfo]:
+        """The snapshots of this key."""
+        call = _snapshots.listing()
+        return _snapshots.parse_list(call, await self._call(call))
+
+    async def delete_snapshot(self, name: str) -> None:
+        """Sandboxes that were made of it live on.
+
+        Raises: SnapshotNotFound; Conflict while a sandbox is being made of it.
+        """
+        await self._call(_snapshots.remove(name))
 
     async def diff_sandboxes(
         self,

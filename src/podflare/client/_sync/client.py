@@ -9,7 +9,7 @@ from collections.abc import Generator, Mapping, Sequence
 from secrets import token_hex
 from typing import Any
 
-from podflare.client import _calls, _config, _egress, _embedded, _merging, _tools
+from podflare.client import _calls, _config, _egress, _embedded, _merging, _snapshots, _tools
 from podflare.client._concurrency import beside_sync, in_thread_sync, outcome_sync, shield_sync
 from podflare.client._egress import Egress, Secret
 from podflare.client._files import Content, LocalPath, Target, open_source
@@ -31,7 +31,7 @@ from podflare.errors import (
     PodflareError,
     TooLarge,
 )
-from podflare.wire.api import SandboxInfo
+from podflare.wire.api import SandboxInfo, SnapshotInfo
 from podflare.wire.egress import EgressLog
 from podflare.wire.merges import MergeReport
 
@@ -173,6 +173,7 @@ class Client(PtyCalls):
         template: str | None = None,
         *,
         engine: str | None = None,
+        snapshot: str | None = None,
         timeout_seconds: int | None = None,
         idle_timeout_seconds: int | None = None,
         ram_mib: int | None = None,
@@ -186,6 +187,7 @@ class Client(PtyCalls):
         created = self.create_sandbox_info(
             template,
             engine=engine,
+            snapshot=snapshot,
             timeout_seconds=timeout_seconds,
             idle_timeout_seconds=idle_timeout_seconds,
             ram_mib=ram_mib,
@@ -202,6 +204,7 @@ class Client(PtyCalls):
         template: str | None = None,
         *,
         engine: str | None = None,
+        snapshot: str | None = None,
         timeout_seconds: int | None = None,
         idle_timeout_seconds: int | None = None,
         ram_mib: int | None = None,
@@ -213,13 +216,14 @@ class Client(PtyCalls):
     ) -> dict[str, Any]:
         """The daemon's whole answer to a create: effective values, `warnings` for what is not given.
 
-        Raises: UnknownTemplate, BadRequest, NotBuilt (also if the daemon is too old to know `engine`),
-            EgressUnavailable, NoCapacity, QuotaExceeded, IsolationIncomplete, ...
+        Raises: UnknownTemplate, BadRequest, NotBuilt (also if the daemon is too old to know `engine` or
+            `snapshot`), SnapshotNotFound, EgressUnavailable, NoCapacity, QuotaExceeded, IsolationIncomplete, ...
         If interrupted (Ctrl-C): the sandbox that may have come to be is closed.
         """
         options = {
             "template": template,
             "engine": engine,
+            "snapshot": snapshot,
             "timeout_seconds": timeout_seconds,
             "idle_timeout_seconds": idle_timeout_seconds,
             "ram_mib": ram_mib,
@@ -464,6 +468,26 @@ class Client(PtyCalls):
                 answer = outcome_sync(_merging.ask, on_conflict, item)
                 decided[item.kind, item.name] = _merging.resolution(item, answer)
         raise _merging.conflict_error(sandbox_id, other_id, report)
+
+    def snapshot_sandbox(self, sandbox_id: str, name: str, *, timeout: float | None = None) -> SnapshotInfo:
+        """As `Sandbox.snapshot`."""
+        call = _snapshots.take(sandbox_id, name, timeout)
+        read_s = _config.FORK_TIMEOUT_S if timeout is None else timeout + _config.FORK_ANSWER_S
+        connection = self.connection()
+        answer = connection.call(call, read_timeout_s=read_s)
+        return _snapshots.parse(_calls.parse_object(call, answer))
+
+    def snapshots(self) -> list[SnapshotInfo]:
+        """The snapshots of this key."""
+        call = _snapshots.listing()
+        return _snapshots.parse_list(call, self._call(call))
+
+    def delete_snapshot(self, name: str) -> None:
+        """Sandboxes that were made of it live on.
+
+        Raises: SnapshotNotFound; Conflict while a sandbox is being made of it.
+        """
+        self._call(_snapshots.remove(name))
 
     def diff_sandboxes(
         self,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from podflare.client._sync.client import Client
     from podflare.client._tools import ToolFunctions, ToolNames
     from podflare.client._types import Diff
-    from podflare.wire.api import SandboxInfo
+    from podflare.wire.api import SandboxInfo, SnapshotInfo
     from podflare.wire.egress import EgressLog
     from podflare.wire.merges import MergeReport
 
@@ -47,6 +47,7 @@ class Sandbox:
         *,
         template: str | None = None,
         engine: str | None = None,
+        snapshot: str | None = None,
         region: str | None = None,
         host: str | None = None,
         client: Client | None = None,
@@ -66,6 +67,7 @@ class Sandbox:
         Args:
             template: what it starts from; None means the daemon's default.
             engine: what makes it, "process" or "microvm"; None means the daemon's default.
+            snapshot: go on from what `snapshot` kept; takes the place of template, ram_mib and rootfs_gb.
             region: a name in PODFLARE_REGIONS; stronger than `host`.
             host: the daemon's address; None means the environment's, else a private daemon of this process.
             client: the client to use instead of one of its own; stronger than region, host and credentials.
@@ -89,6 +91,7 @@ class Sandbox:
         self._options: dict[str, Any] = {
             "template": template,
             "engine": engine,
+            "snapshot": snapshot,
             "timeout_seconds": timeout_seconds,
             "idle_timeout_seconds": idle_timeout_seconds,
             "ram_mib": ram_mib,
@@ -430,6 +433,15 @@ class Sandbox:
         if self._owns_client:
             client._retain(len(children))
         return [self._adopt(child, client, address=self._address, owns_client=self._owns_client) for child in children]
+
+    def snapshot(self, name: str, *, timeout: float | None = None) -> SnapshotInfo:
+        """Keep this sandbox on disk with all that runs in it, for `Sandbox(snapshot=name)`; it goes on.
+
+        A running cell is waited for. timeout: seconds for all of it; None means the daemon's 50.
+        Raises: NotBuilt if its engine cannot; Conflict if the name is taken; BadRequest if it is none; QuotaExceeded,
+            NoCapacity, DeadlineExceeded; ConnectionLost: it may have been taken, `Client.snapshots` tells.
+        """
+        return self._client_for("snapshot").snapshot_sandbox(self.id, name, timeout=timeout)
 
     def merge_into(self, winner: Sandbox) -> None:
         """Make this sandbox what `winner` is: a replace, what this one held is gone.  Its id stays.

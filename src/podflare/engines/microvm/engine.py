@@ -12,11 +12,11 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from podflare.engines.base import Capability, EngineOptions, EngineReport, Limits, MachineSpec
+from podflare.engines.base import Capability, EngineOptions, EngineReport, Limits, MachineSpec, Snapshot
 from podflare.engines.linux import cgroups
 from podflare.engines.linux.ending import remove_tree
-from podflare.engines.linux.waiting import make_owned
-from podflare.engines.microvm import probe
+from podflare.engines.linux.waiting import make_owned, to_the_end
+from podflare.engines.microvm import probe, saved
 from podflare.engines.microvm.birth import Nursery, bear
 from podflare.engines.microvm.clocks import keep_clocks
 from podflare.engines.microvm.diff import compare_machines
@@ -25,10 +25,9 @@ from podflare.engines.microvm.images import Images
 from podflare.engines.microvm.machine import MicrovmMachine
 from podflare.engines.microvm.origins import Origins
 from podflare.engines.microvm.probe import Found
-from podflare.engines.microvm.saved import SavedMachines
 from podflare.engines.microvm.vmm import Shape
+from podflare.engines.snapshots import SnapshotStore
 from podflare.errors import (
-    Conflict,
     DeadlineExceeded,
     EgressUnavailable,
     IsolationIncomplete,
@@ -88,7 +87,7 @@ class MicrovmEngine:
         self._find = find or functools.partial(probe.find, options.vmm, options.firecracker)
         self._data = Path(options.data_dir)
         self._images = Images(options.image_dir)
-        self._saved = SavedMachines(options.snapshot_dir)
+        self._saved = SnapshotStore(options.snapshot_dir, self._data)
         self._nursery: Nursery | None = None
         self._origins: Origins | None = None
         self._machine_key = ""
@@ -148,6 +147,9 @@ class MicrovmEngine:
         [machine] = await self._make(self._bear_saved(name, timeout_s), timeout_s, f"snapshot {name!r}")
         return machine
 
+    def describe_snapshot(self, name: str) -> Snapshot:
+        return self._saved.get(name).about
+
     def remove_snapshot(self, name: str) -> None:
         self._saved.remove(name)
 
@@ -183,9 +185,8 @@ class MicrovmEngine:
     async def _bear_saved(self, name: str, timeout_s: float) -> tuple[MicrovmMachine, ...]:
         nursery, _ = self._ready()
         kept = await asyncio.get_running_loop().run_in_executor(None, self._saved.get, name)
-        if kept.machine_key != self._machine_key:
-            raise Conflict(f"snapshot {name!r} was made by another kind or version of hypervisor; it cannot go on here")
-        return (self._take_in(await bear(nursery, kept.spec, kept.origin, reseed=True, timeout_s=timeout_s)),)
+        origin = saved.origin_of(kept, self._machine_key)
+        return (self._take_in(await bear(nursery, kept.about.spec, origin, reseed=True, timeout_s=timeout_s)),)
 
     def _take_in(self, machine: MicrovmMachine) -> MicrovmMachine:
         self._machines.add(machine)
@@ -206,12 +207,19 @@ class MicrovmEngine:
 
         return await self._make(bear_children(), timeout_s, "the fork")
 
-    async def _snapshot(self, machine: MicrovmMachine, name: str, timeout_s: float) -> None:
+    async def _snapshot(self, machine: MicrovmMachine, name: str, note: Mapping[str, Any], timeout_s: float) -> None:
         async def keep() -> tuple[MicrovmMachine, ...]:
+            loop = asyncio.get_running_loop()
             await mark(machine, timeout_s=timeout_s)
-            with self._saved.keeping(name, machine.root, machine.shape) as origin:
+            with self._saved.keeping(name) as keeping:
+                origin = saved.begin(keeping, machine.root, machine.shape)
                 await save(machine, origin)
-                self._saved.describe(origin, machine.spec, self._machine_key)
+
+                async def publish() -> None:
+                    more = saved.more(origin, self._machine_key)
+                    await loop.run_in_executor(None, keeping.publish, machine.spec, note, more)
+
+                await to_the_end(publish())
             return ()
 
         await self._make(keep(), timeout_s, f"snapshot {name!r}")

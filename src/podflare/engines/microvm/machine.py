@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class MicrovmMachine:
         """How long it stood still when it was last forked or saved."""
         self.on_close: Callable[[MicrovmMachine], None] | None = None
         self.on_fork: Callable[[MicrovmMachine, int, bool, float], Any] | None = None
-        self.on_snapshot: Callable[[MicrovmMachine, str, float], Any] | None = None
+        self.on_snapshot: Callable[[MicrovmMachine, str, Mapping[str, Any], float], Any] | None = None
         self.on_diff: Callable[..., Any] | None = None
         self._death: asyncio.Future[Death] = asyncio.get_running_loop().create_future()
         self._closing: asyncio.Task[None] | None = None
@@ -168,11 +168,11 @@ class MicrovmMachine:
         children: tuple[Machine, ...] = await self.on_fork(self, count, reseed, timeout_s)
         return children
 
-    async def snapshot(self, name: str, *, timeout_s: float) -> None:
+    async def snapshot(self, name: str, *, note: Mapping[str, Any] | None = None, timeout_s: float) -> None:
         self.check_alive()
         if self.on_snapshot is None:
             raise MachineFailed(f"machine {self.id} is gone")
-        await self.on_snapshot(self, name, timeout_s)
+        await self.on_snapshot(self, name, note or {}, timeout_s)
 
     async def diff(self, other: Machine, paths: tuple[str, ...], *, detail: bool, timeout_s: float) -> Diff:
         if self.on_diff is None or not isinstance(other, MicrovmMachine):

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
-from podflare.engines.base import Capability, EngineOptions, EngineReport, Limits, MachineSpec
+from podflare.engines.base import Capability, EngineOptions, EngineReport, Limits, MachineSpec, Snapshot
 from podflare.engines.linux import cgroups, seccomp
 from podflare.engines.linux.ending import remove_tree
 from podflare.engines.linux.waiting import make_owned, run_to_end, wait_readable
@@ -120,6 +120,9 @@ class ProcessEngine:
     @property
     def snapshots(self) -> tuple[str, ...]:
         return ()
+
+    def describe_snapshot(self, name: str) -> Snapshot:
+        raise NotBuilt(NO_SNAPSHOTS)
 
     async def restore(self, name: str, *, timeout_s: float) -> ProcessMachine:
         raise NotBuilt(NO_SNAPSHOTS)

@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,7 @@ class ProcessMachine:
         merging: FileMerge = await self.on_merge(self, other, paths, timeout_s)
         return merging
 
-    async def snapshot(self, name: str, *, timeout_s: float) -> None:
+    async def snapshot(self, name: str, *, note: Mapping[str, Any] | None = None, timeout_s: float) -> None:
         raise NotBuilt(NO_SNAPSHOTS)
 
     async def wait_dead(self) -> Death:
