@@ -13,14 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from podflare.engines.base import Limits, MachineSpec
 from podflare.engines.linux.waiting import to_the_end
-from podflare.engines.microvm import control
+from podflare.engines.microvm import control, saved
 from podflare.engines.microvm.console import KEPT_BYTES, Console
 from podflare.engines.microvm.control import Control
 from podflare.engines.microvm.diff import read_row
-from podflare.engines.microvm.saved import SavedMachines
 from podflare.engines.microvm.vmm import Shape
-from podflare.errors import BadRequest, Conflict, DeadlineExceeded, MachineFailed
+from podflare.engines.snapshots import SnapshotStore
+from podflare.errors import Conflict, DeadlineExceeded, MachineFailed
 
 pytestmark = pytest.mark.anyio
 
@@ -142,28 +143,23 @@ def test_any_row_is_an_entry_or_one_kind_of_error(row: object) -> None:
         pass
 
 
-def test_names_of_snapshots(tmp_path: Path) -> None:
-    """A name is a name and no path, is taken once, and nothing half-written is ever listed."""
-    saved, root = SavedMachines(str(tmp_path / "kept")), tmp_path / "root"
-    root.touch()
-    shape = Shape(1 << 30, 1)
-    for name in ("", "..", "../x", "a/b", "-x", ".x", "x" * 65, "a\n"):
-        with pytest.raises(BadRequest), saved.keeping(name, root, shape):
-            pass
-    with pytest.raises(ValueError), saved.keeping("lost", root, shape):
-        raise ValueError
-    with saved.keeping("kept", root, shape) as origin:
-        origin.disk.touch()
-        assert saved.names == ()
-    with pytest.raises(Conflict), saved.keeping("kept", root, shape):
-        pass
-    assert saved.names == ("kept",)
-    with pytest.raises(MachineFailed, match="cannot be used"):
-        saved.get("kept")
-    saved.remove("kept")
-    with pytest.raises(BadRequest, match="none"):
-        saved.get("kept")
-    assert list((tmp_path / "kept").iterdir()) == []
+def test_snapshots_of_another_hypervisor(tmp_path: Path) -> None:
+    """What was kept goes on under the same hypervisor alone; the image's root is linked, and is not counted as its own."""
+    (tmp_path / "root").write_bytes(b"r" * 100_000)
+    store, shape = SnapshotStore(str(tmp_path / "kept"), tmp_path), Shape(1 << 30, 1)
+    spec = MachineSpec("default", Limits(1 << 30, 1 << 30))
+    for name in ("good", "bad"):
+        with store.keeping(name) as keeping:
+            origin = saved.begin(keeping, tmp_path / "root", shape)
+            origin.disk.write_bytes(b"d")
+            keeping.publish(spec, {}, saved.more(origin, "key") if name == "good" else {})
+    kept = store.get("good")
+    assert saved.origin_of(kept, "key").shape == shape and saved.origin_of(kept, "key").root.stat().st_nlink == 3
+    assert kept.about.size_bytes < 100_000
+    with pytest.raises(Conflict, match="hypervisor"):
+        saved.origin_of(kept, "other")
+    with pytest.raises(MachineFailed, match="'bad' cannot be used"):
+        saved.origin_of(store.get("bad"), "key")
 
 
 async def test_what_runs_to_the_end_is_waited_for() -> None:

@@ -83,7 +83,7 @@ def test_one_that_is_damaged(tmp_path, text):
 
 def test_where_none_can_be_kept(tmp_path):
     """Names that lead elsewhere, and a store without a directory, are refused."""
-    for name in ("", "..", "../x", ".x", "a/b", "a\0", "x" * 65):
+    for name in ("", "..", "../x", ".x", "-x", "a/b", "a\0", "a\n", "x" * 65):
         with pytest.raises(BadRequest), store(tmp_path).keeping(name):
             pass
     with pytest.raises(BadRequest, match="keeps no snapshots"), SnapshotStore("", tmp_path).keeping("one"):
