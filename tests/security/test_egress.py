@@ -219,7 +219,7 @@ found["plain"] = fetch("http://api.example.com/plain", bearer)[:3]
 found["plain direct"] = fetch("http://api.example.com/plain", bearer, direct=True)
 found["other"] = fetch("https://other.example.com/other", bearer, cafile="/root/world.pem")[:3]
 def pretend(act_host, name):
-    context = ssl.create_default_context(); context.check_hostname = False; context.verify_mode = ssl.CERT_NONE
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT); context.check_hostname = False; context.verify_mode = ssl.CERT_NONE
     with socket.create_connection((act_host, 443), timeout=20) as raw, context.wrap_socket(raw, server_hostname=name) as s:
         s.sendall(f"GET /pretend HTTP/1.1\\r\\nHost: {name}\\r\\nX-Token: {token}\\r\\nConnection: close\\r\\n\\r\\n".encode())
         return s.recv(12).decode("latin-1")

@@ -68,7 +68,7 @@ class Flows:
         self.by_port: dict[int, Flow] = {}
 
     def lost(self) -> Iterator[tuple[int, int, int]]:
-        """Keys of what a gate before this one has left open; each is told once."""
+        """Keys of what was open, or had just ended, when this memory was another gate's or machine's; told once."""
         for port, (destination, source_port, port_there) in enumerate(_RECORD.iter_unpack(self._memory[:])):
             if destination:
                 self._record(port, 0, 0, 0)
@@ -100,9 +100,9 @@ class Flows:
         if flow.state == WAITING:
             self._remove(flow)
             return
+        # Its record stays: a fork of the machine that was copied before may have it open still.
         flow.state, flow.over_at = OVER, now
         self._over[flow] = None
-        self._record(flow.port, 0, 0, 0)
 
     def close(self) -> None:
         self._memory.close()

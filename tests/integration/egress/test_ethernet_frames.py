@@ -25,6 +25,7 @@ from podflare.egress.addresses import CALLER, GATE, MACHINE
 from podflare.egress.keeper import GateKeeper
 from podflare.egress.policy import Policy
 from podflare.engines.microvm.landing import Landing, make_bundle
+from podflare.errors import EgressUnavailable
 from podflare.wire.egress import EgressEntry
 
 WAIT_S = 20.0
@@ -267,15 +268,31 @@ def test_what_the_machine_does_not_read_waits_and_is_not_lost(played: Callable[.
             vm.send(tcp(3400, ACK, ours, theirs + received, dport=7003))
 
 
+def test_where_it_cannot_be_made(portal: BlockingPortal, data_dir: Path) -> None:
+    """A network that cannot be made is refused with what the system said, and nothing of it is left."""
+    landing = Landing(data_dir / "nothing")
+    try:
+        with pytest.raises(EgressUnavailable, match=r"can have no network here: .*nothing"):
+            portal.call(landing.ends)
+    finally:
+        landing.close()
+        landing.close()
+
+
 def test_a_forks_connections_are_ended(
     played: Callable[..., PlayedVm], portal: BlockingPortal, keeper: GateKeeper
 ) -> None:
-    """What a machine had open when it was copied is reset in the copy, also where that only waits, and goes on in it."""
+    """What a machine had open when it was copied is reset in the copy, also where that only waits, and goes on in it;
+    so is what ended in it just after."""
     vm, child = played(True), played()
     ours, theirs = vm.open(3500, 7000)
+    assert vm.ask(3501, "/ended").startswith(b"HTTP/1.1 200")
     portal.call(keeper.branch, child.key, vm.key, *child.ends)
-    probe = Segment(child.receive())
-    assert (probe.source, probe.sport, probe.port, probe.flags) == (WEB, 7000, 3500, SYN)
+    probes = [Segment(child.receive()), Segment(child.receive())]
+    assert [(one.source, one.sport, one.port, one.flags) for one in probes] == [
+        (WEB, 7000, 3500, SYN),
+        (WEB, 80, 3501, SYN),
+    ]
     child.send(tcp(3500, ACK, ours, theirs, dport=7000))  # what a kernel answers that has the connection (RFC 5961)
     ended = Segment(child.receive())
     assert ended.flags & RST and ended.seq == theirs

@@ -63,16 +63,20 @@ def test_flows_are_bounded_and_found(memory):
 
 
 def test_a_new_table_knows_what_an_old_one_left(memory):
-    """What was open when a gate died is told to the next one, once; what was over is not."""
+    """What was open when a gate died, or over for a moment only, is told to the next one, once; older ones are not."""
     old = Flows(4000, memory)
     future = _future()
     kept = old.open((1111, 0x5DB8D822, 443), b"", future, 0.0)
     gone = old.open((2222, 0x5DB8D822, 443), b"", future, 0.0)
-    kept.state = gone.state = LET_IN
+    ended = old.open((3333, 0x5DB8D822, 443), b"", future, 0.0)
+    kept.state = gone.state = ended.state = LET_IN
     old.end(gone, 0.0)
+    old.end(ended, flows.LINGER_S)
+    waiting = old.open((4444, 0x5DB8D822, 443), b"", future, flows.LINGER_S)
+    old.end(waiting, flows.LINGER_S)
     old.close()
     new = Flows(4000, memory)
-    assert list(new.lost()) == [kept.key]
+    assert list(new.lost()) == [kept.key, ended.key]
     assert list(new.lost()) == []
     new.close()
 
