@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 import signal
@@ -296,13 +297,21 @@ def _descendants() -> dict[int, str]:
 
 
 def _groups_of_others(temp: Path, groups: set[str]) -> set[str]:
-    """Those of daemons and engines whose directories are not in our temporary directory."""
-    names = _daemons_elsewhere(temp) if groups else set()
-    for other in temp.parent.glob("pft-*") if groups else ():
+    """Those of daemons and engines whose directories are not in our temporary directory, or that began elsewhere."""
+    if not groups:
+        return set()
+    names = _daemons_elsewhere(temp)
+    for other in temp.parent.glob("pft-*"):
         if other != temp:
             for pattern in ("*", "*/instances/*", "*/*/instances/*", "*/*/*/instances/*"):
                 names.update(path.name for path in other.glob(pattern))
-    return {group for group in groups if Path(group).parent.name.removeprefix("podflare-") in names}
+    places = _group_places()
+    for path, folders, _ in (found for top in {top for top, _ in places} for found in os.walk(top)):
+        if path not in {place for _, place in places}:  # of a daemon that was started from another group than we were
+            names.update(name.removeprefix("podflare-") for name in folders if name.startswith("podflare-"))
+    # podflare-<instance> or podflare-<instance>-<engine>
+    instances = {group: Path(group).parent.name.removeprefix("podflare-") for group in groups}
+    return {group for group, instance in instances.items() if {instance, instance.split("-")[0]} & names}
 
 
 def _daemons_elsewhere(temp: Path) -> set[str]:
@@ -321,19 +330,29 @@ def _daemons_elsewhere(temp: Path) -> set[str]:
 def _groups(processes: dict[int, str]) -> set[str]:
     """Control groups of ours that are empty or hold our descendants; those of other daemons or users do not count."""
     found: set[str] = set()
-    for line in Path("/proc/self/mounts").read_text().splitlines():
-        _, top, kind, *_ = line.split()
-        if kind not in ("cgroup", "cgroup2"):
-            continue
-        # os.walk, not glob: groups of other daemons come and go meanwhile, which it does not mind.
-        for path, _, _ in os.walk(top):
-            if not Path(path).parent.name.startswith("podflare-"):
-                continue
+    for _, place in _group_places():
+        # Not Path.glob: groups of other daemons come and go meanwhile, which this one does not mind.
+        for path in glob.glob(f"{place}/podflare-*/*/"):
             try:
                 mine = os.stat(path).st_uid == os.geteuid()
                 pids = {int(pid) for pid in Path(path, "cgroup.procs").read_text().split()}
             except OSError:
                 continue
             if mine and not pids - set(processes):
-                found.add(path)
+                found.add(path.rstrip("/"))
     return found
+
+
+def _group_places() -> list[tuple[str, str]]:
+    """Where daemons that tests start make their groups: mount point, and there the group of this process or the top."""
+    own: dict[str, str] = {}
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        own |= dict.fromkeys(controllers.split(","), path.rstrip("/"))
+    places: dict[tuple[str, str], None] = {}
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        _, top, kind, options, *_ = line.split()
+        controllers = ("",) if kind == "cgroup2" else options.split(",") if kind == "cgroup" else ()
+        for name in own.keys() & set(controllers) & {"", "memory", "pids", "cpu"}:
+            places |= {(top, top + own[name]): None, (top, top): None}
+    return list(places)

@@ -1,4 +1,4 @@
-"""A daemon killed with -9 in the middle of forks and merges: what the next one finds, and what is left."""
+"""A daemon that is killed amid forks and merges, or has no time to end: what the next finds, what is left."""
 
 from __future__ import annotations
 
@@ -18,15 +18,20 @@ import pytest
 
 START_S = 60.0
 END_S = 20.0
+SERVE = """
+import json, pathlib, sys
+from podflare.serve import serve_forever
+sys.exit(serve_forever(data_dir=pathlib.Path(sys.argv[1]), **json.loads(sys.argv[2])))
+"""
 
 
 class Served:
     """One daemon process over the process engine."""
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, **settings: float) -> None:
         self.uds = f"{data_dir}/s"
-        command = [sys.executable, "-m", "podflare", "serve", "--uds", self.uds, "--announce"]
-        command += ["--data-dir", f"{data_dir}/d", "--pool-size", "0"]
+        given = {"uds": self.uds, "announce": True, "pool_size": 0, **settings}
+        command = [sys.executable, "-c", SERVE, f"{data_dir}/d", json.dumps(given)]
         with open(f"{data_dir}/log", "ab") as log:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
         ready, _, _ = select.select([self.process.stdout], [], [], START_S)
@@ -43,12 +48,12 @@ class Served:
 
 
 @pytest.fixture
-def serve(data_dir: Path) -> Iterator[Callable[[], Served]]:
+def serve(data_dir: Path) -> Iterator[Callable[..., Served]]:
     """Starts daemons on one data directory; ends what a failed test left."""
     made: list[Served] = []
 
-    def start() -> Served:
-        made.append(Served(data_dir))
+    def start(**settings: float) -> Served:
+        made.append(Served(data_dir, **settings))
         return made[-1]
 
     yield start
@@ -120,3 +125,17 @@ def test_killed_at_any_moment(serve, data_dir, after_s):
         assert len(client.post(f"/v1/sandboxes/{fresh}/fork", json={"n": 2}).json()["children"]) == 2
     two.end(signal.SIGTERM)
     assert os.listdir(instances) == []
+
+
+def test_an_end_without_time(serve, data_dir):
+    """A daemon that could not close its sandboxes in the time that it has for that clears up all the same."""
+    one = serve(shutdown_s=0.0)
+    with one.client() as client:
+        parent = client.post("/v1/sandboxes").json()["id"]
+        children = client.post(f"/v1/sandboxes/{parent}/fork", json={"n": 3}).json()["children"]
+        start = {"code": "import subprocess; subprocess.Popen(['sleep', '1000'])"}
+        for sandbox in (parent, *children):
+            assert client.post(f"/v1/sandboxes/{sandbox}/exec", json=start).status_code == 200
+    one.end(signal.SIGTERM)
+    assert one.process.returncode == 0
+    assert os.listdir(f"{data_dir}/d/instances") == []
