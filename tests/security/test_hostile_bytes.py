@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import array
 import json
 import os
+import socket
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -155,6 +157,31 @@ async def _lied(host: Host, name: str, neighbour: str) -> str:
             return f"broke: status {gone.status_code}"
         return "held"
     return "hung"
+
+
+async def test_descriptors_that_come_along_are_nobodys(data_dir):
+    """Descriptors that a guest passes with its bytes never become the daemon's, however many, and its cell goes on."""
+
+    async def script(guest: ScriptedGuest) -> None:
+        await guest.ready()
+        while True:
+            channel, _ = await guest.next_exec()
+            with socket.socket(fileno=os.dup(guest.writer.get_extra_info("socket").fileno())) as sock:
+                for _ in range(20):
+                    smuggled = array.array("i", [sock.fileno()] * 253)
+                    sock.sendmsg(
+                        [frame(frames.STDOUT, channel, b"x\n")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, smuggled)]
+                    )
+                    await anyio.sleep(0)
+            await guest.say(channel, Exit(0))
+
+    async with anyio.create_task_group() as tasks, running(data_dir, ScriptedEngine(tasks, script)) as host:
+        sandbox = await host.create()
+        await host.exec(sandbox, "once")
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(5):
+            assert text(await host.exec(sandbox, "again")) == "\n".join("x" * 20)
+        assert len(os.listdir("/proc/self/fd")) <= before + 2
 
 
 RESULTS = {

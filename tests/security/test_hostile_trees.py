@@ -139,7 +139,7 @@ with open("sparse", "w") as f: f.truncate(1 << 30)
 for name in (b"\xff\xfe", b"new\nline", b"\x1b]0;owned\x07", b"\xe2\x80\xa8", b"-rf", b" ", b"\x01" * 255, "\u202e".encode()):
     os.mkdir(b"odd-" + name[:240]); open(b"odd-" + name[:240] + b"/" + name, "w").write("x\x1b[2J\n")
 open("none", "w").close(); os.chmod("none", 0); os.mkdir("closed"); open("closed/x", "w").close(); os.chmod("closed", 0)
-for number in range(2000): os.link("sparse", f"name{number}")
+for number in range(300): os.link("sparse", f"name{number}")
 os.setxattr("odd- / ", "user.x", b"\0\x1b" * 100)
 os.mkdir("d")
 for _ in range(120): os.mkdir("d/n"); os.rename("d", "e"); os.mkdir("d"); os.rename("e", "d/e")
@@ -147,7 +147,7 @@ for _ in range(120): os.mkdir("d/n"); os.rename("d", "e"); os.mkdir("d"); os.ren
 
 
 async def test_odd_things_in_the_tree(data_dir, victim, record):
-    """FIFOs, sockets, links to devices and out, holes of a gigabyte under 2,000 names, closed and odd names: all answered."""
+    """FIFOs, sockets, links to devices and out, holes of a gigabyte under 300 names, closed and odd names: all answered."""
     found: dict[str, str] = {}
     async with walled(data_dir) as host:
         parent = await host.create(rootfs_gb=2)
@@ -271,8 +271,8 @@ def _size(folder: Path) -> int:
 NAMES = """
 import os
 os.chdir("/root")
-for _ in range(14): os.mkdir("x" * 250); os.chdir("x" * 250)
-for number in range(4600): os.close(os.open("x" * 245 + f"{number:05d}", os.O_CREAT))
+for _ in range(14): os.mkdir("\\1" * 250); os.chdir("\\1" * 250)
+for number in range(4600): os.close(os.open("\\1" * 245 + f"{number:05d}", os.O_CREAT))
 os.chdir("/root")
 """
 
@@ -288,7 +288,6 @@ async def test_names_of_megabytes(data_dir, record):
         before = peak_kib()
         for what in ("diff", "merge"):
             said = await operation(host, what, one, two, "")
-            fits = len(said) < 40 << 20 and (b"too_large" in said or what == "merge")
-            found[what] = "held" if fits else f"broke: {len(said)} bytes, {said[:100]!r}"
-        assert peak_kib() - before < 150 * 1024
+            found[what] = "held" if b"too_large" in said else f"broke: {len(said)} bytes, {said[:100]!r}"
+        assert peak_kib() - before < 20 * 1024
     record(found)

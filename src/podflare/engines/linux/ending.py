@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import os
-import shutil
+import secrets
 import signal
-import subprocess
 from pathlib import Path
 
 from podflare.engines.linux.waiting import resolve
 
 END_TIMEOUT_S = 10.0
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 async def end_process(pidfd: int) -> None:
@@ -31,15 +33,43 @@ async def end_process(pidfd: int) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a machine's directory, whatever user code made of it (modes, depth, names).
+    """Remove a machine's directory, whatever user code made of it (modes, depth, names).  What cannot be removed stays.
 
     Every process that could change it meanwhile is dead.
     """
-    try:
-        shutil.rmtree(path)
-    except FileNotFoundError:
-        return
-    except (OSError, RecursionError):
-        # Directories without permission, or deeper than Python's stack: the system's tools have no such limits.
-        for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf", "--one-file-system"]):
-            subprocess.run([*command, "--", str(path)], stderr=subprocess.DEVNULL, timeout=60, check=False)
+    with contextlib.suppress(OSError):
+        path.chmod(0o700)
+        top = os.open(path, _DIRECTORY)
+        try:
+            _remove_below(top)
+        finally:
+            os.close(top)
+        path.rmdir()
+
+
+def _remove_below(top: int) -> None:
+    """Each directory moves to the top before it is emptied, so that depth costs neither a stack nor descriptors."""
+    numbers = itertools.count()
+    prefix = f".{secrets.token_hex(8)}-"
+    waiting: list[str] = []
+
+    def clear(folder: int) -> None:
+        with os.scandir(folder) as entries:
+            found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+        for name, is_folder in found:
+            if not is_folder:
+                os.unlink(name, dir_fd=folder)
+                continue
+            os.chmod(name, 0o700, dir_fd=folder)
+            waiting.append(f"{prefix}{next(numbers)}")
+            os.rename(name, waiting[-1], src_dir_fd=folder, dst_dir_fd=top)
+
+    clear(top)
+    while waiting:
+        name = waiting.pop()
+        folder = os.open(name, _DIRECTORY, dir_fd=top)
+        try:
+            clear(folder)
+        finally:
+            os.close(folder)
+        os.rmdir(name, dir_fd=top)
