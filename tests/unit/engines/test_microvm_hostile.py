@@ -144,7 +144,7 @@ def test_any_row_is_an_entry_or_one_kind_of_error(row: object) -> None:
 
 
 def test_snapshots_of_another_hypervisor(tmp_path: Path) -> None:
-    """What was kept goes on under the same hypervisor alone; the image's root is linked, and is not counted as its own."""
+    """What was kept goes on under the same hypervisor alone; the image's root is linked, and not counted as its own."""
     (tmp_path / "root").write_bytes(b"r" * 100_000)
     store, shape = SnapshotStore(str(tmp_path / "kept"), tmp_path), Shape(1 << 30, 1)
     spec = MachineSpec("default", Limits(1 << 30, 1 << 30))
