@@ -34,6 +34,8 @@ _FILES = {
     "swagger-ui-bundle.js": "text/javascript",
     "favicon-32x32.png": "image/png",
 }
+_REQUESTS = (CreateRequest, ExecRequest, ForkRequest, LifetimesRequest, SnapshotRequest)
+_ANSWERS = (Diff, EgressLog, SandboxInfo, SnapshotInfo, TemplateInfo, Resolution, ConflictInfo, NotTransferable)
 _QUERY = {
     "paths": {"type": "array", "items": {"type": "string"}},
     "detail": {"type": "boolean"},
@@ -132,21 +134,7 @@ def document() -> dict[str, Any]:
         raise NotBuilt(MISSING) from exc
     schemas: dict[str, Any] = {
         shape.__name__: TypeAdapter(shape).json_schema(ref_template="#/components/schemas/{model}")
-        for shape in (
-            CreateRequest,
-            ExecRequest,
-            ForkRequest,
-            LifetimesRequest,
-            Diff,
-            EgressLog,
-            SandboxInfo,
-            SnapshotInfo,
-            SnapshotRequest,
-            TemplateInfo,
-            Resolution,
-            ConflictInfo,
-            NotTransferable,
-        )
+        for shape in (*_REQUESTS, *_ANSWERS)
     }
     # Shapes within shapes: one place for all.
     for schema in list(schemas.values()):
@@ -181,7 +169,7 @@ def document() -> dict[str, Any]:
 
 def _bound(schemas: dict[str, Any]) -> None:
     """Add what a dataclass does not say: the bounds of numbers in requests, as wire.api has them."""
-    for request in (CreateRequest, ExecRequest, ForkRequest, LifetimesRequest, SnapshotRequest):
+    for request in _REQUESTS:
         for name, (low, high) in _BOUNDS.items():
             shape = schemas[request.__name__]["properties"].get(name, {})
             for choice in shape.get("anyOf", [shape]):
