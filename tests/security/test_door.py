@@ -134,3 +134,33 @@ def test_broken_requests_harm_nobody(daemon, record):
             found[name] = f"broke: {said[:200]!r}, well: {well}" if made or not well else "held"
         assert client.get("/v1/sandboxes").json() == {"sandboxes": []}
     record(found)
+
+
+UNFOLDING = {
+    "lists": b"[],",
+    "objects": b"{},",
+    "lists in lists": b"[" * 900 + b"]" * 900 + b",",
+    "numbers": b"1,",
+    "keys": b'"":0,',
+}
+
+
+def test_bodies_that_unfold_are_refused_before_they_do(daemon, record):
+    """A body of 30 MiB that would become millions of values costs the daemon little more than its bytes."""
+    found = {}
+    before = _peak_kib(daemon.pid)
+    with httpx.Client(base_url=daemon.url, timeout=60) as client:
+        for name, piece in UNFOLDING.items():
+            inner = piece * ((30 << 20) // len(piece))
+            body = b'{"x":{%s"":0}}' % inner if name == "keys" else b'{"x":[%s0]}' % inner
+            answer = client.post("/v1/sandboxes", content=body)
+            refused = answer.status_code == 400 and "more than 1000000 values" in answer.json()["error"]
+            found[f"a body of {name}"] = "held" if refused else f"broke: {answer.text[:200]}"
+    grown = _peak_kib(daemon.pid) - before
+    found["the daemon's memory"] = "held" if grown < 250 * 1024 else f"broke: {grown >> 10} MiB more"
+    record(found)
+
+
+def _peak_kib(pid: int) -> int:
+    with open(f"/proc/{pid}/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
