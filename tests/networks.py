@@ -48,6 +48,10 @@ def networked(request: pytest.FixtureRequest, engine_name: str, private_temp: Pa
     folder = Path(tempfile.mkdtemp(prefix="w", dir=private_temp))
     folder.chmod(0o711)
     with worlds.world(folder) as world, serving(world, folder, images) as networked:
+        if images is not None:
+            for egress in (False, True):
+                vms.boot_over_http(networked.daemon.url, egress=egress)
+            close_default_client()
         yield networked
 
 
@@ -57,10 +61,6 @@ def serving(world: worlds.World, folder: Path, images: Path | None = None) -> It
     env = {"PODFLARE_EGRESS_CA": str(world.ca_file), "PODFLARE_EGRESS_PRIVATE": "10.77.0.0/16"}
     words = ("--engine", "microvm", "--image-dir", str(images)) if images is not None else ()
     with served(folder, *words, env=env, gate=images is None, enter=world.enter) as daemon:
-        if images is not None:
-            for egress in (False, True):
-                vms.boot_over_http(daemon.url, egress=egress)
-            close_default_client()
         yield Networked(world, daemon, folder)
 
 
