@@ -118,7 +118,7 @@ SABOTAGE = {
 TOLD = {
     "dies on its way": "the copy of the sandbox's Python process ended before it was copied",
     "raises": "the copy of the sandbox's Python process: ValueError: no",
-    "sends wrong numbers": "a wrong number of a descriptor",
+    "sends wrong numbers": "a wrong number of a descriptor|ended before it was copied",
 }
 
 

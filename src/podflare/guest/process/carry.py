@@ -70,9 +70,14 @@ class _Peers:
     def __init__(self) -> None:
         self._pidfds: Dict[int, int] = {}
 
-    def note(self, pid: int) -> None:
+    def note(self, pid: int) -> bool:
+        """False if it has ended already."""
         if pid not in self._pidfds:
-            self._pidfds[pid] = os.pidfd_open(pid)
+            try:
+                self._pidfds[pid] = os.pidfd_open(pid)
+            except ProcessLookupError:
+                return False
+        return True
 
     def stop(self, pid: int, reads: int) -> Tracee:
         """See Tracee.  Raises: OSError if the pid is not theirs any more."""
@@ -173,12 +178,14 @@ def _receive(sock: socket.socket, peers: _Peers, who: str) -> "Tuple[Dict[str, A
             pid = int(struct.unpack("3i", content[: struct.calcsize("3i")])[0])
     if not pid:
         raise OSError(f"{who} has no number here")  # it is of another PID namespace
-    peers.note(pid)
+    ended = not peers.note(pid)
     message = json.loads(data)
     if not isinstance(message, dict):
         raise ValueError(f"{who} sent no object")
     if "failed" in message:
         raise OSError(f"{who}: {str(message['failed'])[:500]}")
+    if ended:
+        raise OSError(f"{who} ended before it was copied")
     return message, pid
 
 
