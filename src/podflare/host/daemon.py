@@ -205,7 +205,7 @@ class Daemon:
             granted, notes = self._grant(asked, owner, origin.kept.spec.limits)
             machine = await engine.restore(origin.kept.name, timeout_s=self.config.create_timeout_s)
             warm = await greet(machine, pooled=False)
-        if self.config.egress is not False:
+        if self.config.egress is not False and request.egress is None:
             notes = (*notes, "egress is not given: a sandbox that goes on from a snapshot has no network")
         return _Made(engine, granted, warm, None, notes, origin.lineage)
 

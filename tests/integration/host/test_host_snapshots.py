@@ -107,6 +107,16 @@ async def test_what_is_refused(data_dir):
         assert len((await h.client.get("/v1/sandboxes")).json()["sandboxes"]) == 1
 
 
+async def test_a_daemon_whose_sandboxes_have_a_network(data_dir):
+    """One that goes on from a snapshot has none all the same, and its creator, who asked for nothing, is told."""
+    async with running(data_dir, keeper(data_dir), egress=True) as h:
+        await take(h, await h.create(egress=False), "mine")
+        told = (await h.client.post("/v1/sandboxes", json={"snapshot": "mine"})).json()
+        assert told["egress"] is False and any("no network" in warning for warning in told["warnings"])
+        told = (await h.client.post("/v1/sandboxes", json={"snapshot": "mine", "egress": False})).json()
+        assert told["warnings"] == []
+
+
 async def test_an_engine_that_cannot_keep_sandboxes(data_dir):
     """It answers 501 at once, also while a cell runs, and says what can; its daemon has no snapshots."""
     plain = FakeEngine()

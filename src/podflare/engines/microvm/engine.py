@@ -161,7 +161,10 @@ class MicrovmEngine:
         except PodflareError:
             raise
         except TimeoutError as exc:
-            raise DeadlineExceeded(f"{what} was not ready within {timeout_s:g} s") from exc
+            hint = (
+                "; its template is being booted for the first time, which goes on: try again" if self._booting else ""
+            )
+            raise DeadlineExceeded(f"{what} was not ready within {timeout_s:g} s{hint}") from exc
         except OSError as exc:
             raise MachineFailed(f"{what} could not be made: {exc}") from exc
         return machines
