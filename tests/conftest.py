@@ -301,12 +301,12 @@ def _groups_of_others(temp: Path, groups: set[str]) -> set[str]:
     if not groups:
         return set()
     names = _daemons_elsewhere(temp)
-    for other in temp.parent.glob("pft-*"):
-        if other != temp:
-            for pattern in ("*", "*/instances/*", "*/*/instances/*", "*/*/*/instances/*"):
-                names.update(path.name for path in other.glob(pattern))
+    # Not Path.glob, which minds that they come and go meanwhile.
+    for pattern in ("*", "*/instances/*", "*/*/instances/*", "*/*/*/instances/*"):
+        found = map(Path, glob.glob(f"{temp.parent}/pft-*/{pattern}"))
+        names.update(path.name for path in found if temp not in path.parents)
     places = _group_places()
-    for path, folders, _ in (found for top in {top for top, _ in places} for found in os.walk(top)):
+    for path, folders, _ in (step for top in {top for top, _ in places} for step in os.walk(top)):
         if path not in {place for _, place in places}:  # of a daemon that was started from another group than we were
             names.update(name.removeprefix("podflare-") for name in folders if name.startswith("podflare-"))
     # podflare-<instance> or podflare-<instance>-<engine>
@@ -331,7 +331,7 @@ def _groups(processes: dict[int, str]) -> set[str]:
     """Control groups of ours that are empty or hold our descendants; those of other daemons or users do not count."""
     found: set[str] = set()
     for _, place in _group_places():
-        # Not Path.glob: groups of other daemons come and go meanwhile, which this one does not mind.
+        # Not Path.glob: groups of other daemons come and go meanwhile, which this does not mind.
         for path in glob.glob(f"{place}/podflare-*/*/"):
             try:
                 mine = os.stat(path).st_uid == os.geteuid()
