@@ -38,9 +38,9 @@ test-microvm: ## every test that any engine has to pass, on virtual machines (ma
 	@scripts/setup.sh --microvm
 	$(PYTEST) -n $(JOBS) --microvm -m "not soak" $(TESTS) $(ARGS)
 
-test-kvm: ## everything about virtual machines, on a computer with KVM; tells what was skipped and why
+test-kvm: ## the same on Firecracker and on QEMU with KVM, where that works; tells what was left out and why
 	@scripts/setup.sh --microvm
-	$(PYTEST) -m "not soak" -rs tests/integration/microvm $(ARGS)
+	scripts/test_kvm.sh $(ARGS)
 
 test-unit: setup ## the tests that need no kernel feature: unit and contract
 	$(PYTEST) -m "not soak" tests/unit tests/contract $(ARGS)

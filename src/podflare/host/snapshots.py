@@ -68,7 +68,9 @@ class Snapshots:
                 left_s = max(LEAST_S, deadline_s - time.monotonic())
                 start = time.monotonic()
                 try:
-                    await sandbox.machine.snapshot(key, note=_note(sandbox, owner, request.name), timeout_s=left_s)
+                    async with sandbox.saved():
+                        note = _note(sandbox, owner, request.name)
+                        await sandbox.machine.snapshot(key, note=note, timeout_s=left_s)
                 except MachineFailed:
                     sandbox.touch()  # if it is ending, that is the cause
                     raise

@@ -162,7 +162,7 @@ async def host(data_dir: Path, image_store: ImageStore) -> AsyncIterator[Host]:
 
 @pytest.mark.anyio
 async def test_the_daemon_goes_on(engine: MicrovmEngine, host: Host) -> None:
-    """Cells, forks and merges go on over HTTP; an upload that was under way fails with what to do, and then works."""
+    """Cells, forks, merges and snapshots go on over HTTP; an upload under way fails with what to do, then works."""
     parent = await host.create()
     assert (await host.exec(parent, "x = 1"))[-1]["type"] == "exit"
     path = f"/v1/sandboxes/{parent}/files"
@@ -193,7 +193,9 @@ async def test_the_daemon_goes_on(engine: MicrovmEngine, host: Host) -> None:
         said = text(await host.exec(one, "import os; x += 1; print(x, os.path.exists('/root/f'))"))
         assert said.strip() == f"2 {one == parent}"
     assert (await host.merge(parent, child)).status_code == 204
+    kept = await host.client.post(f"/v1/sandboxes/{parent}/snapshots", json={"name": "kept"}, timeout=60)
+    assert kept.status_code < 300, kept.text
     [again] = await host.fork(parent)
     for one in (again, parent):
-        assert (await host.exec(one, "print(x)"))[-1]["type"] == "exit"
+        assert text(await host.exec(one, "print(x)")).strip() == "2"
         assert (await host.client.delete(f"/v1/sandboxes/{one}")).status_code < 300

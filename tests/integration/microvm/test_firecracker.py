@@ -268,7 +268,7 @@ async def test_a_program_that_is_not_firecracker_is_told(folder, image, monkeypa
     with pytest.raises(MachineFailed, match="nowhere is not on the PATH"):
         find("nowhere")
     fake = folder / "firecracker"
-    for answer, told in (("Firecracker v1.3.0", r"1\.3\.0 is not supported: 1\.9 or newer"), ("hello", "no version")):
+    for answer, told in (("Firecracker v1.9.1", r"1\.9\.1 is not supported: 1\.10 or newer"), ("hello", "no version")):
         fake.write_text(f"#!/bin/sh\necho '{answer}'\n")
         fake.chmod(0o755)
         with pytest.raises(MachineFailed, match=told):
@@ -328,5 +328,5 @@ def test_orders_are_what_the_shape_says():
     assert not any("rate_limiter" in order.body for order in orders.boot_orders(SHAPE, "", DiskRate()))
     limiter = orders.rate_order(DiskRate(bytes_per_s=5)).body["rate_limiter"]
     assert limiter == {"bandwidth": {"size": 5, "refill_time": 1000}, "ops": {"size": 0, "refill_time": 0}}
-    assert orders.problem_with("Firecracker v1.12.1") == "" == orders.problem_with("v1.9.0")
+    assert orders.problem_with("Firecracker v1.12.1") == "" == orders.problem_with("v1.10.0")
     assert "below 2.0" in orders.problem_with("Firecracker v2.0.0")

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from podflare.engines.microvm.vmm import Shape
 
-OLDEST, BEFORE = (1, 9), (2, 0)
-"""1.9 has diff snapshots of guests without PCI as they are used here, and a vsock device that survives a restore."""
+OLDEST, BEFORE = (1, 10), (2, 0)
+"""Since 1.10 a guest hears as soon as its VM goes on that a capture or a restore has ended its connections."""
 API_SOCKET, VSOCK, KERNEL, INITRD, ROOT, DISK = "api", "vsock", "kernel", "initrd", "root", "disk"
 """Names in the VM's directory."""
 MEMORY, DEVICES, CHANGES = "memory", "devices", "changes"
