@@ -33,15 +33,19 @@ class Supervisor:
         answer: dict[str, Any] = json.loads(self.sock.recv(4096))
         return answer
 
-    def renew(self, guest: Guest, *, reseed: bool = True, token: bytes = b"", stale: bytes = b"") -> dict[str, Any]:
+    def renew(
+        self, guest: Guest, *, reseed: bool = True, token: bytes = b"", stale: bytes = b"", **more: Any
+    ) -> dict[str, Any]:
         """Give the guest a new channel, which the driver then speaks over.
 
-        Args: stale: what lies in it from before, with `token` behind it.
+        Args:
+            stale: what lies in it from before, with `token` behind it.
+            more: of the order.
         """
         ours, theirs = socket.socketpair()
         ours.sendall(stale + token)
         with theirs:
-            answer = self.order({"renew": {"reseed": reseed, "token": token.hex()}}, (theirs.fileno(),))
+            answer = self.order({"renew": {"reseed": reseed, "token": token.hex(), **more}}, (theirs.fileno(),))
         guest.move_to(ours)
         return answer
 
@@ -73,6 +77,19 @@ def test_a_new_channel(supervised):
         assert old.recv(1) == b""
     assert guest.run("x + 1").value == "42"
     assert guest.run("import os; os.listdir()").value == "[]"
+
+
+def test_variables_of_the_environment(supervised):
+    """What a copy is told to have in its environment is there for its REPL, its programs and a later REPL, too."""
+    guest, supervisor = supervised
+    many = {f"TOKEN_{number}": "podflare-secret-" + "0" * 32 for number in range(100)}
+    assert supervisor.renew(guest, environment={"PROXY": "http://gate", **many}) == {"renewed": True}
+    guest.wait_ready()
+    look = "import os; [os.environ['PROXY'], len([name for name in os.environ if name.startswith('TOKEN_')])]"
+    assert guest.run(look).value == "['http://gate', 100]"
+    assert guest.run("echo $PROXY $TOKEN_99", "bash").stdout == f"http://gate {many['TOKEN_99']}\n".encode()
+    guest.run("os.kill(os.getpid(), 9)")
+    assert guest.run(look).value == "['http://gate', 100]"
 
 
 def test_what_was_under_way_is_dropped(supervised):
