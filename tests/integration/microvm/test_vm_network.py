@@ -68,19 +68,22 @@ def test_forks_and_merges(networked: Networked) -> None:
 
 
 @pytest.mark.microvm
-def test_deaths_of_gate_and_daemon(networked: Networked, data_dir: Path, image: Image) -> None:
-    """When the gate is killed, open connections are reset and new ones work; when the daemon is, nothing goes on."""
+def test_deaths_of_gate_hypervisor_and_daemon(networked: Networked, data_dir: Path, image: Image) -> None:
+    """When the gate is killed, open connections are reset and new ones work; a hypervisor's end is its sandbox's alone;
+    when the daemon is killed, nothing goes on."""
     images = image.directory.parent.parent
     with pytest.raises(AssertionError), serving(networked.world, data_dir, images) as own:
-        with pytest.raises(DaemonUnreachable), own.sandbox(REACH) as sandbox:
+        with pytest.raises(DaemonUnreachable), own.sandbox(REACH) as sandbox, own.sandbox(REACH) as ended:
             run(sandbox, HOLD + ECHO)
             gate = gate_of(own.daemon.pid)
             os.kill(gate, signal.SIGKILL)
             assert run(sandbox, ENDED)["waiting"] == ["ConnectionResetError"]
             assert run(sandbox, HELLO)["hello"] == "200"
             assert gate_of(own.daemon.pid) not in (0, gate)
-            children = Path(f"/proc/{own.daemon.pid}/task/{own.daemon.pid}/children").read_text().split()
-            watched = [os.pidfd_open(int(pid)) for pid in children]
+            os.kill(max(children_of(own.daemon.pid, b"qemu")), signal.SIGKILL)
+            assert "its virtual machine ended" in ended.run_code("1").stderr
+            assert run(sandbox, HELLO)["hello"] == "200"
+            watched = [os.pidfd_open(pid) for pid in children_of(own.daemon.pid)]
             os.kill(own.daemon.pid, signal.SIGKILL)
             for pidfd in watched:
                 assert select.select([pidfd], [], [], WAIT_S)[0]
@@ -88,6 +91,12 @@ def test_deaths_of_gate_and_daemon(networked: Networked, data_dir: Path, image: 
     with serving(networked.world, data_dir, images) as own:  # which clears what is no process
         assert not Sandbox.list(host=own.daemon.url)
     close_default_client()
+
+
+def children_of(pid: int, program: bytes = b"") -> list[int]:
+    """Its processes whose command line has `program` in it."""
+    found = [int(word) for path in Path(f"/proc/{pid}/task").glob("*/children") for word in path.read_text().split()]
+    return [child for child in found if program in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 LOOK = """
