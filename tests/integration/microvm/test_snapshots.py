@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -136,8 +137,8 @@ def by_command(url: str) -> None:
     assert example.stdout.splitlines() == re.findall(r"# -> (.*)$", code, re.MULTILINE), example.stderr
 
 
-def wait_until(condition: object) -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
-    while not condition():  # type: ignore[operator]  # a function
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.002)  # a condition that has no event
