@@ -22,9 +22,10 @@ SLOWEST_S = 0.05
 DEVICE = Path("/dev/kvm")
 
 
-def problem_with_kvm(*, loops: int = LOOPS, timeout_s: float = PROBE_TIMEOUT_S) -> str:
+def problem_with_kvm(*, loops: int | None = None, timeout_s: float = PROBE_TIMEOUT_S) -> str:
     """Why KVM cannot be used, with what to do where something can be done; empty if it works.
 
+    Args: loops: LOOPS.
     Blocks for some tens of milliseconds, or for timeout_s where it hangs.
     """
     if platform.machine() != "x86_64":
@@ -33,7 +34,7 @@ def problem_with_kvm(*, loops: int = LOOPS, timeout_s: float = PROBE_TIMEOUT_S) 
         return "there is no /dev/kvm (modprobe kvm_intel or kvm_amd; in a virtual machine: allow nested ones below it)"
     if not os.access(DEVICE, os.R_OK | os.W_OK):
         return "/dev/kvm is closed to this user (join the group kvm)"
-    told = _tried(loops, timeout_s)
+    told = _tried(LOOPS if loops is None else loops, timeout_s)
     return f"/dev/kvm does not work here ({told})" if told else ""
 
 
