@@ -50,7 +50,8 @@ def changed(terms: Terms, request: LifetimesRequest, tier: Tier, *, age_s: float
         # Told as it was at the creation: counted from there.
         life = math.ceil(age_s) + request.timeout_seconds
         if tier.timeout_seconds is not None and life > tier.timeout_seconds:
-            notes.append(tier.cut("timeout_seconds", life, tier.timeout_seconds))
+            asked = f"timeout_seconds={request.timeout_seconds} from now is a life of {life} s"
+            notes.append(f"{asked}, more than this key may have: it is {tier.timeout_seconds} (tier {tier.name})")
             life = tier.timeout_seconds
     if request.idle_timeout_seconds is not None:
         idle = request.idle_timeout_seconds

@@ -104,6 +104,7 @@ async def test_caps_of_a_tier_are_in_the_answer(scripted):
         path, who = f"/v1/sandboxes/{got['id']}", {"authorization": "Bearer a"}
         longer = (await h.client.patch(path, json={"timeout_seconds": 1800}, headers=who)).json()
         assert longer["timeout_seconds"] == 1800 and "tier free" in longer["warnings"][-1]
+        assert longer["warnings"][-1].startswith("timeout_seconds=1800 from now is a life of 18")
         plain = (await post(h, "a")).json()
         assert (plain["timeout_seconds"], plain["idle_timeout_seconds"]) == (1800, 300)
         assert not [line for line in plain["warnings"] if "tier" in line]
