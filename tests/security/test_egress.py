@@ -82,7 +82,7 @@ for _ in range(12):
         assert {one.verdict for one in elsewhere} <= {"refused", "failed"}, elsewhere
 
 
-@pytest.mark.both_engines
+@pytest.mark.any_engine
 def test_names_that_are_not_allowed(networked: Networked) -> None:
     """With a list, other names and raw addresses are refused with a reason, and not even asked for outside."""
     with networked.sandbox(["api.example.com", "*.example.org", "other.example.com:8443"]) as sandbox:
@@ -170,7 +170,7 @@ found["v6"] = connect({worlds.WEB6!r}, 80, socket.AF_INET6)
         assert udp and all(one.verdict == "refused" and one.reason for one in udp)
 
 
-@pytest.mark.both_engines
+@pytest.mark.any_engine
 def test_private_networks_only_where_operator_and_creator_say_so(networked: Networked) -> None:
     """A network of PODFLARE_EGRESS_PRIVATE is open to the sandbox that names it, on its port, and to no other."""
     with networked.sandbox([f"{worlds.PRIVATE}:80"]) as sandbox:
@@ -187,7 +187,7 @@ found["metadata"] = connect({worlds.METADATA!r}, 80)
         assert all("Error" in answer for what, answer in found.items() if what != "named"), found
 
 
-@pytest.mark.both_engines
+@pytest.mark.any_engine
 def test_the_value_of_a_secret_goes_to_its_hosts_only(networked: Networked) -> None:
     """Over TLS to its host the value stands in headers and query; everywhere else, and inside, the placeholder does."""
     secrets = {"TOKEN": Secret(VALUE, hosts=["api.example.com"])}

@@ -21,7 +21,7 @@ import worlds
 from machines import LIMITS, DrivenMachine
 from networks import Networked, gate_of, run, serving
 from networks import networked as networked
-from podflare import Sandbox, close_default_client
+from podflare import Sandbox, Secret, close_default_client
 from podflare.engines.base import EngineOptions, MachineSpec
 from podflare.engines.microvm.engine import MicrovmEngine
 from podflare.engines.microvm.image.store import Image, ImageStore
@@ -40,6 +40,10 @@ def wait():
     except OSError as error: ended.append(type(error).__name__)
 waiter = threading.Thread(target=wait, daemon=True); waiter.start()
 """
+SPEND = """
+found["token"] = os.environ["TOKEN"]
+found["spent"] = fetch("https://api.example.com/spend", {"X-Token": os.environ["TOKEN"]})[:3]
+"""
 ECHO = "held.sendall(b'ping'); found['echo'] = held.recv(4).decode()"
 ENDED = """
 waiter.join(60); found["waiting"] = ended
@@ -51,20 +55,24 @@ REACH = [f"{worlds.WEB}:7000", f"{worlds.WEB}:7001", "api.example.com"]
 @pytest.mark.microvm
 def test_forks_and_merges(networked: Networked) -> None:
     """A fork reaches the same with a log of its own, and what its parent had open is reset in it, not in the parent;
-    a merge brings the network along."""
-    with networked.sandbox(REACH) as parent:
+    secrets go to their host in both, and are in neither; a merge brings the network along."""
+    with networked.sandbox(REACH, {"TOKEN": Secret("tok-4711", hosts=["api.example.com"])}) as parent:
         run(parent, HOLD + ECHO)
         [child] = parent.fork()
         with child:
-            found = run(child, ENDED + "\n" + HELLO)
+            found = run(child, ENDED + "\n" + HELLO + "\n" + SPEND)
             assert (found["waiting"], found["hello"]) == (["ConnectionResetError"], "200")
+            assert (found["spent"], found["token"][:16]) == ("200", "podflare-secret-")
             assert found["held"].startswith(("ConnectionResetError", "BrokenPipeError"))
             assert run(parent, ECHO + "; found['ended'] = ended") == {"echo": "ping", "ended": []}
             run(child, "found['evil'] = fetch('http://evil.example/')")
             hosts = [{one.host for one in sandbox.egress_log().entries} for sandbox in (parent, child)]
             assert ("evil.example" in hosts[0], "evil.example" in hosts[1]) == (False, True)
             parent.merge_into(child)
-            assert run(parent, HELLO)["hello"] == "200"
+            merged = run(parent, HELLO + "\n" + SPEND)
+            assert merged == {name: found[name] for name in ("hello", "token", "spent")}
+            spent = [dict(one["headers"])["x-token"] for one in networked.world.requests() if one["target"] == "/spend"]
+            assert spent == ["tok-4711"] * 2
 
 
 @pytest.mark.microvm
