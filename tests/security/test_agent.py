@@ -44,7 +44,6 @@ def test_the_agent_survives_every_signal(attempt, attacker):
     assert attacker.run("echo still here", "bash").stdout == "still here\n"
 
 
-@pytest.mark.any_engine
 def test_the_agent_goes_on(attempt, attacker):
     """What is done to its priority, children, directory and files does not keep the agent from serving either language."""
     attempt(MISLEAD)

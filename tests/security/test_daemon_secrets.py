@@ -95,10 +95,15 @@ AGENT = {
 }  # fmt: skip
 
 
+# What tells numbers only.  In a virtual machine the agent is of the same user id, and guards nothing.
+NUMBERS = {"/proc/1/timers", "list /proc/1/fd", "list /proc/1/task/1/fd", "list /proc/1/ns/../fd"}
+
+
 @pytest.mark.any_engine
-def test_the_agents_memory_is_closed(attempt):
+def test_the_agents_memory_is_closed(attempt, engine_name):
     """The agent's memory, environment, descriptors and root cannot be opened, though it has the same user id."""
-    attempt(AGENT)
+    left_out = NUMBERS if engine_name == "microvm" else set()
+    attempt({name: attack for name, attack in AGENT.items() if name not in left_out})
 
 
 SOCKETS = {

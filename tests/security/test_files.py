@@ -20,7 +20,6 @@ HOST_PATHS = """
 """.split()
 
 
-@pytest.mark.any_engine
 def test_nothing_of_the_host_lies_at_its_paths(attempt, engine):
     """Nothing readable lies where a host keeps what is not the sandbox's business, nor where this daemon keeps its data."""
     look = """
@@ -100,7 +99,6 @@ if strange: broke(strange)
 }
 
 
-@pytest.mark.any_engine
 def test_no_door_leads_out(attempt):
     """No link of /proc, descriptor, .., handle or link leads above the sandbox's root directory."""
     attempt(DOORS)
@@ -146,10 +144,12 @@ KERNEL_FILES = """
 
 
 @pytest.mark.any_engine
-def test_the_kernels_settings_cannot_be_written(attempt):
+def test_the_kernels_settings_cannot_be_written(attempt, engine_name):
     """Nothing in /proc and /sys that acts on the kernel, or on the sandbox's first process, can be opened for writing."""
     write = "def write(path): os.write(os.open(path, os.O_WRONLY), b'1'); broke('wrote')\n"
-    attempt({path: f"write({path!r})" for path in KERNEL_FILES}, write)
+    # In a virtual machine code may end its agent, and with it its own machine.
+    left_out = "/proc/1/" if engine_name == "microvm" else "-"
+    attempt({path: f"write({path!r})" for path in KERNEL_FILES if not path.startswith(left_out)}, write)
 
 
 REMOUNTS = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 
-import pytest
 from attacking import BROKE, HELD, attempt_in
 
 from forks import fork, parent, way
@@ -115,7 +114,6 @@ print(json.dumps([open("/root/mark").read(), open("/root/d/mark").read(), os.pre
 """
 
 
-@pytest.mark.any_engine
 def test_a_fork_changes_nothing_of_its_parent(parent, fork, record):
     """Whatever the parent had open, mapped, bound or joined when it was forked, nothing that its fork does with it reaches the parent."""
     prepared = parent.run(PREPARE)

@@ -126,7 +126,6 @@ for kind in range(16):
 }  # fmt: skip
 
 
-@pytest.mark.any_engine
 def test_no_capability_can_be_gained(attempt):
     """Neither set-user-id programs, file capabilities, exec nor prctl give a capability, a priority or a higher limit."""
     attempt(GAIN)

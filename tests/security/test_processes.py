@@ -95,7 +95,6 @@ for name in os.listdir("/proc/self/fd"):
 }  # fmt: skip
 
 
-@pytest.mark.any_engine
 def test_nobody_outside_can_be_reached_by_number(attempt, bystander, attacker):
     """No call that takes a process's number, or a descriptor of one, finds a process of the host or the agent's memory."""
     # Numbers above those that the sandbox itself uses.

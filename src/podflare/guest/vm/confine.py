@@ -8,6 +8,7 @@ no capabilities, a /dev without the machine's disks and ports.
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import stat
 import sys
@@ -21,6 +22,8 @@ from podflare.guest.vm import groups, template
 from podflare.guest.vm.system import EMPTY
 
 HOME = "/root"
+_AGENT_OPEN_FILES = 16384
+_USER_OPEN_FILES = 4096
 _NODES = (("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0))
 _LINKS = (
     ("ptmx", "pts/ptmx"),
@@ -75,6 +78,8 @@ def _become_agent(channel: Descriptor, line: socket.socket) -> NoReturn:
         os.dup2(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC), 0)
         os.chdir(HOME)
         template.prepare()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (_AGENT_OPEN_FILES, _AGENT_OPEN_FILES))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         sc.lock_secure_bits()
         sc.empty_bounding_set()
         sc.set_capabilities()
@@ -82,17 +87,19 @@ def _become_agent(channel: Descriptor, line: socket.socket) -> NoReturn:
         # User code has the agent's user id; only this keeps it away from the agent's memory (ptrace(2)).
         sc.set_dumpable(False)
         template.preload()
-        agent.run(channel, home=HOME, before_repl=_before_repl, supervisor=line)
+        agent.run(channel, home=HOME, before_repl=_prepare_user_code, before_shell=_prepare_user_code, supervisor=line)
     except BaseException as exc:  # noqa: BLE001  # as above
         sys.stderr.write(f"podflare: the agent could not be started: {exc}\n")
     finally:
         os._exit(1)
 
 
-def _before_repl() -> None:
-    sc.set_dumpable(True)  # /proc/self and /dev/fd are the REPL's own
+def _prepare_user_code() -> None:
+    """In a process that is about to run user code: as in the process engine."""
+    sc.set_dumpable(True)  # /proc/self and /dev/fd are its own
     with open("/proc/self/oom_score_adj", "w") as file:
-        file.write("500")  # out of memory: the REPL goes before the agent
+        file.write("500")  # out of memory: it goes before the agent
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_USER_OPEN_FILES, _USER_OPEN_FILES))
 
 
 def _make_dev() -> None:
