@@ -35,7 +35,7 @@ def secretive(monkeypatch, portal, private_temp, make_engine):
     shutil.rmtree(folder)
 
 
-@pytest.mark.any_engine
+@pytest.mark.both_engines
 def test_the_daemons_environment_is_unknown(secretive, record):
     """No variable of the daemon reaches the sandbox, its agent included."""
     known = {
@@ -99,7 +99,7 @@ AGENT = {
 NUMBERS = {"/proc/1/timers", "list /proc/1/fd", "list /proc/1/task/1/fd", "list /proc/1/ns/../fd"}
 
 
-@pytest.mark.any_engine
+@pytest.mark.both_engines
 def test_the_agents_memory_is_closed(attempt, engine_name):
     """The agent's memory, environment, descriptors and root cannot be opened, though it has the same user id."""
     left_out = NUMBERS if engine_name == "microvm" else set()
@@ -119,7 +119,7 @@ if named: broke(named)""",
 }  # fmt: skip
 
 
-@pytest.mark.any_engine
+@pytest.mark.both_engines
 def test_the_daemons_sockets_are_out_of_reach(attempt, private_temp):
     """Neither a daemon's Unix socket nor any abstract one of the host can be connected to or seen."""
     path = private_temp / "sock-4711"

@@ -168,7 +168,7 @@ for kind in (b"debugfs", b"tracefs", b"bpf", b"binfmt_misc", b"mqueue", b"devpts
 }
 
 
-@pytest.mark.any_engine
+@pytest.mark.both_engines
 def test_no_file_system_can_be_mounted(attempt):
     """Neither cgroup, sysfs and proc file systems nor binds and remounts can be had from inside."""
     attempt(REMOUNTS)
@@ -243,7 +243,7 @@ def _fingerprint(path: Path) -> tuple[object, ...]:
     )  # fmt: skip
 
 
-@pytest.mark.any_engine
+@pytest.mark.both_engines
 def test_data_directory_is_closed_to_other_users(engine, attacker):
     """What sandboxes write lies in directories that only the daemon and the sandbox can enter."""
     folders = list(Path(engine._data, "machines").iterdir())

@@ -59,7 +59,7 @@ def routes(sandbox: str, own: str) -> dict[str, tuple[str, str, object]]:
     }
 
 
-@pytest.mark.any_engine
+@pytest.mark.both_engines
 def test_another_keys_sandbox_does_not_exist(daemon, record):
     """Each route answers for a sandbox of another key as for one that never was, and does nothing to it."""
     with httpx.Client(base_url=daemon.url, timeout=30) as client:

@@ -146,7 +146,7 @@ a.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_CREDENTIALS, struct.pack("3i",
 }  # fmt: skip
 
 
-@pytest.mark.any_engine
+@pytest.mark.both_engines
 def test_identity_cannot_be_changed(attempt):
     """No process gets another user or group id, gives files away, or claims another's id to a peer."""
     attempt(IDENTITY, "open('/root/mine', 'w').close()\n")

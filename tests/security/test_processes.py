@@ -114,7 +114,7 @@ ALL = {
 }
 
 
-@pytest.mark.any_engine
+@pytest.mark.both_engines
 def test_nobody_outside_is_hit_by_what_hits_all(attacker, new_machine, record, bystander):
     """Signals and priorities for all processes, all of a user or a group reach none of the host or of another sandbox."""
     other = new_machine()

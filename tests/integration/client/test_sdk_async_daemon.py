@@ -14,6 +14,7 @@ from podflare import AsyncClient, AsyncSandbox, FileMissing
 pytestmark = [pytest.mark.anyio, pytest.mark.any_engine, pytest.mark.timeout(90)]
 
 
+@pytest.mark.both_engines
 async def test_first_steps(sdk_daemon: ServedDaemon, tmp_path: Path) -> None:
     """Cells, streams, files and timeouts work as in the synchronous SDK."""
     async with AsyncSandbox(host=sdk_daemon.url) as sandbox:
@@ -41,6 +42,7 @@ async def test_many_at_once(sdk_daemon: ServedDaemon) -> None:
             tasks.start_soon(work, client, i)
 
 
+@pytest.mark.both_engines
 async def test_cancelled_cell_is_interrupted(sdk_daemon: ServedDaemon) -> None:
     """Cancelling run_code ends the cell, so that the next one runs at once with the state intact."""
     async with AsyncSandbox(host=sdk_daemon.url) as sandbox:

@@ -86,6 +86,7 @@ def test_timeout_keeps_the_state(sandbox: Sandbox) -> None:
     assert sandbox.run_code("print(x)").stdout == "1"
 
 
+@pytest.mark.both_engines
 def test_interrupt_from_another_thread(sandbox: Sandbox) -> None:
     """`interrupt` ends the running cell as Ctrl-C would, and tells whether one ran."""
     assert sandbox.interrupt() is False
@@ -152,6 +153,7 @@ def test_files_travel_byte_for_byte(sandbox: Sandbox, tmp_path: Path, size: int)
     assert sandbox.run_code("import os; print(os.path.getsize('/data/deep/a.bin'))").stdout == str(size)
 
 
+@pytest.mark.both_engines
 def test_file_transfers_leave_the_repl_alone(sandbox: Sandbox) -> None:
     """Uploads and downloads make no names in the REPL, follow no chdir and pass by a running cell."""
     sandbox.run_code("import os; os.chdir('/tmp'); base64 = 'mine'; open = None")
@@ -203,7 +205,7 @@ def test_connect_list_info(sandbox: Sandbox, sdk_daemon: ServedDaemon) -> None:
     found = Sandbox.connect(sandbox.id, host=sdk_daemon.url)
     assert found.run_code("print(x)").stdout == "5"
     assert sandbox.id in [info.id for info in Sandbox.list(host=sdk_daemon.url)]
-    assert "pid_namespace" in sandbox.info().isolation
+    assert "no_new_privileges" in sandbox.info().isolation
     with Sandbox(host=sdk_daemon.url, metadata={"run": "7"}) as labelled:
         assert labelled.info().metadata == {"run": "7"}
 
@@ -260,6 +262,7 @@ def test_whole_output_of_a_loud_cell(sandbox: Sandbox) -> None:
     assert sandbox.output(result.cell_id) == b"x" * 999 + (b"\n" + b"x" * 999) * 19_999 + b"\n"
 
 
+@pytest.mark.both_engines
 def test_replay(sandbox: Sandbox) -> None:
     """The events of earlier cells, oldest first."""
     sandbox.run_code("print('a')")
@@ -267,6 +270,7 @@ def test_replay(sandbox: Sandbox) -> None:
     assert [event.data for event in sandbox.replay()] == ["a", 0, "b", 0]
 
 
+@pytest.mark.both_engines
 def test_one_sandbox_many_threads(sandbox: Sandbox) -> None:
     """Cells sent at the same time run one after the other, and each gets its own output."""
     sandbox.run_code("n = 0")

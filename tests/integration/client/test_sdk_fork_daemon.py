@@ -60,6 +60,7 @@ def test_branches_go_their_own_ways(parent: Sandbox) -> None:
         assert set(parent.info().children) == {first.id, second.id}
 
 
+@pytest.mark.process_engine("virtual machines take all along")
 def test_what_cannot_cross_is_told(parent: Sandbox) -> None:
     """Threads, processes and sockets of the parent are named in the child's report, and live on in the parent."""
     parent.run_code(
@@ -137,6 +138,7 @@ def test_diff_tells_files(parent: Sandbox) -> None:
             parent.diff(child, ["relative"])
 
 
+@pytest.mark.both_engines
 def test_fork_waits_for_the_running_cell(parent: Sandbox) -> None:
     """A fork sees the end of the cell before it; with a timeout below that it fails, and nothing was made."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -204,15 +206,16 @@ def test_explore_merges_the_best(parent: Sandbox) -> None:
     assert parent.info().children == ()
 
 
-def test_explore_ends_runaway_and_broken_candidates(parent: Sandbox) -> None:
+def test_explore_ends_runaway_and_broken_candidates(parent: Sandbox, engine_name: str) -> None:
     """A candidate that spins, one that kills its Python and one that raises lose; a timeout bounds all of it."""
     candidates = ["while True: pass", "import os; os._exit(3)", "1 / 0", "x.append(4)"]
-    found = explore(parent, candidates, "sum(x)", timeout=1)
+    found = explore(parent, candidates, "sum(x)", timeout=1 if engine_name == "process" else 5)
     assert [attempt.score for attempt in found.attempts] == [None, None, None, 5.0]
     assert "timed_out" in found.attempts[0].problem or "KeyboardInterrupt" in found.attempts[0].problem
     assert parent.run_code("print(x)").stdout == "[1, 4]"
 
 
+@pytest.mark.both_engines
 def test_explore_keeps_a_beam(parent: Sandbox) -> None:
     """The kept branches come back in order, live and open; the sandbox is as it was."""
     found = explore(parent, [f"x.append({n})" for n in (5, 9, 7)], lambda branch, result: _sum(branch), keep=2)

@@ -20,13 +20,14 @@ def bearer(key: str) -> dict[str, str]:
 
 def machine_names(h: Host) -> set[str]:
     """Directories of machines and layers on disk."""
-    return set(os.listdir(h.engine._machines_dir))
+    return set(os.listdir(h.engine._data / "machines"))
 
 
 async def listed(h: Host) -> list[str]:
     return [one["id"] for one in (await h.client.get("/v1/sandboxes")).json()["sandboxes"]]
 
 
+@pytest.mark.process_engine("changed files of virtual machines are not counted")
 async def test_usage_is_measured_when_asked_for(walled):
     """With usage=true one sandbox and the list tell what each uses by itself; without it null, at no cost."""
     async with walled() as h:
@@ -79,6 +80,7 @@ async def test_a_fork_tells_its_place_in_the_tree(walled):
         assert text(await h.exec(grandchild, "print(1)")) == "1"
 
 
+@pytest.mark.process_engine("virtual machines take all along")
 async def test_what_stayed_behind_is_told_once(walled):
     """Threads, processes and sockets of the parent are in the report, and in one line of a child's first cell."""
     async with walled() as h:
@@ -232,6 +234,7 @@ async def test_limits_of_the_parent_hold_in_the_child(walled):
 # Owners.
 
 
+@pytest.mark.both_engines
 async def test_other_owners_can_neither_fork_nor_merge_nor_compare(walled):
     """To another key a sandbox does not exist, in any place of these calls, and nothing happens to it."""
     async with walled(key_digests=(digest("a"), digest("b"))) as h:
@@ -261,6 +264,7 @@ async def test_other_owners_can_neither_fork_nor_merge_nor_compare(walled):
 # Merge.
 
 
+@pytest.mark.both_engines
 async def test_after_a_merge_the_parents_id_is_the_winner(walled):
     """Memory and files are the winner's, siblings live on, the winner's id is gone and says why, and it can go on."""
     async with walled() as h:
@@ -288,6 +292,7 @@ async def test_after_a_merge_the_parents_id_is_the_winner(walled):
         assert (await h.info(next_one))["generation"] == 2
 
 
+@pytest.mark.process_engine("what is looked at are its groups and files")
 async def test_the_replaced_state_is_really_gone(walled):
     """After a merge no process, no memory of it and no file of the parent's former state is left."""
     async with walled() as h:
@@ -366,6 +371,7 @@ async def test_many_rounds(walled):
 # Diff.
 
 
+@pytest.mark.both_engines
 async def test_diff_over_http(walled):
     """Lists are sorted absolute paths; default paths are /root and /tmp; detail comes when it is asked for."""
     async with walled() as h:

@@ -1,4 +1,4 @@
-"""A fork of the process engine is a snapshot of the REPL: files, descriptors, shared memory."""
+"""A fork is a snapshot of the REPL: files, descriptors, shared memory."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ def test_attributes_cross(parent, fork):
     assert child.run("print(os.getxattr('/root/f', 'user.note'))").stdout == "b'hi'\n"
 
 
+@pytest.mark.both_engines
 def test_open_files_have_offsets_of_their_own(parent, fork):
     """A file open for reading and one open for writing stand at the same place in each branch, and move apart."""
     parent.run(
@@ -124,6 +125,7 @@ os.write(mapped, b'XX'); print(view[:]); memory_view[:2] = b'XX'; print(os.pread
         assert out.stdout == "2 0\nb'XXcdef' 0o100640\n9\nXXcdef\nb'XXcdef'\nb'XXcdef'\n", out
 
 
+@pytest.mark.process_engine("virtual machines take all along")
 def test_a_copy_that_lost_its_names_is_told(parent, fork):
     """An open file whose remaining name lies elsewhere is a copy in the child, which says so."""
     parent.run(
@@ -181,6 +183,7 @@ def test_temporary_directories_belong_to_each_branch(parent, fork):
     assert parent.run("print(os.listdir(t.name))").stdout == "['f']\n"
 
 
+@pytest.mark.process_engine("virtual machines take all along")
 def test_sockets_and_pipes_are_dead_in_the_child_and_reported(parent, fork):
     """A connection stays with the parent, works on there, fails in the child, and is counted in the report."""
     parent.run("""
@@ -203,6 +206,7 @@ r, w = os.pipe(); proc = subprocess.Popen(['sleep', '1000'])
     )
 
 
+@pytest.mark.both_engines
 def test_hostname_machine_id_and_shm_are_the_childs_own(parent, fork):
     """Identity is new in every child."""
     children = fork(parent, 3)

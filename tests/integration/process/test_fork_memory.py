@@ -1,4 +1,4 @@
-"""A fork of the process engine is a snapshot of the REPL: what is in memory."""
+"""A fork is a snapshot of the REPL: what is in memory."""
 
 from __future__ import annotations
 
@@ -62,6 +62,7 @@ def test_tracebacks_show_the_source_of_cells_before_the_fork(parent, fork):
     assert "the culprit" in child.run("broken()").stderr
 
 
+@pytest.mark.both_engines
 def test_the_childs_repl_behaves_as_any_other(parent, fork):
     """Errors, results, interrupts, bash, subprocesses, threads and a restart work in a fork."""
     parent.run("kept = 1")
@@ -83,6 +84,7 @@ def test_the_childs_repl_behaves_as_any_other(parent, fork):
     assert parent.run("print(kept)").stdout == "1\n"
 
 
+@pytest.mark.both_engines
 def test_an_event_loops_timers_go_on(parent, fork):
     """Top-level await works in parent and child after the fork, and a task that slept goes on in both."""
     parent.run(
@@ -113,6 +115,7 @@ def test_thirty_two_children_at_once(parent, fork):
     assert [child.finish().stdout for child in children] == [f"{number} 100000\n" for number in range(32)]
 
 
+@pytest.mark.process_engine("virtual machines take all along")
 def test_sixteen_threads_in_the_parent(parent, fork):
     """Threads that compute, allocate and print while the fork happens stay with the parent; the child works."""
     parent.run("""

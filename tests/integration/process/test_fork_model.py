@@ -421,7 +421,8 @@ def check_family(model_daemon: ServedDaemon) -> Iterator[Callable[..., None]]:
 @pytest.mark.timeout(300)
 def test_branches_see_what_the_model_says(check_family, engine_name):
     """Programs of assignments, files, open files, forks, merges and closes do in each branch what they do in a model."""
-    check_family(max_examples=12 if engine_name == "process" else 4, stateful_step_count=30, derandomize=True)
+    examples, steps = (12, 30) if engine_name == "process" else (2, 20)
+    check_family(max_examples=examples, stateful_step_count=steps, derandomize=True)
 
 
 @pytest.mark.any_engine

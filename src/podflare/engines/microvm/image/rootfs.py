@@ -39,7 +39,10 @@ _TAKEN_FROM = {
 """What scripts of packages copy."""
 _PROGRAM_LINKS = {"python": "python3", "awk": "mawk", "which": "which.debianutils", "pager": "less"}
 """In usr/bin, where a package has what they point to."""
-_FOLDERS = ("dev", "etc/ssl/certs", "proc", "root", "run", "sys", "usr/local/bin", "var/tmp")
+_FOLDERS = (
+    "dev", "etc/ssl/certs", "home", "mnt", "opt", "proc", "root", "run", "srv", "sys", "usr/local/bin", "var/cache",
+    "var/log", "var/tmp",
+)  # fmt: skip
 _TEXTS = {
     "etc/hostname": "sandbox\n",
     "etc/hosts": "127.0.0.1 localhost sandbox\n::1 localhost\n",
