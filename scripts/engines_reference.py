@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from podflare.engines.base import Capability, Wall
+from podflare.engines.base import Behaviour, Capability, Wall
 from podflare.engines.microvm.birth import INHERENT_WALLS
 from podflare.engines.microvm.confinement import ALWAYS, AS_ROOT
 from podflare.engines.microvm.engine import MicrovmEngine
@@ -25,6 +25,10 @@ marked `both_engines` run on each. What differs is below; `podflare doctor` says
 With `podflare serve --engine process --engine microvm` the first one is the default, and `Sandbox(engine="microvm")` or
 `podflare run --engine microvm` chooses. If one of them cannot work here, the daemon does not start. Forks stay with
 their parent's engine; sandboxes of two engines cannot be compared or merged.
+"""
+BEHAVIOUR = """\
+What both can, and do not in the same way. Everything else is the same: the tests marked `any_engine` or `both_engines` hold it
+(`make test-microvm` runs all of them on virtual machines), and those marked `process_engine` say why they are not among them.
 """
 WALLS = """\
 Walls are explained in the [security model](security-model.md). In the column of `microvm` a wall that is not the
@@ -54,6 +58,7 @@ def page() -> str:
         (name, ProcessEngine.capabilities.get(name, "no"), MicrovmEngine.capabilities.get(name, "no"))
         for name in get_args(Capability)
     ]
+    ways = [(name, ProcessEngine.behaviour[name], MicrovmEngine.behaviour[name]) for name in get_args(Behaviour)]
     walls = [(f"`{wall}`", "no" if wall in FOREIGN else "yes", _of_microvm(wall)) for wall in get_args(Wall)]
     medians = _medians()
     speed = [(name, medians.get(one, "-"), medians.get(other, "pending")) for name, one, other in FIGURES]
@@ -61,6 +66,7 @@ def page() -> str:
         (
             HEAD,
             _table("Capabilities", rows),
+            _table("Behaviour", ways, BEHAVIOUR),
             _table("Walls", walls, WALLS),
             _table("Speed", speed, SPEED),
         )

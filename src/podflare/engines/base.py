@@ -44,6 +44,18 @@ Capability = Literal["fork", "processes cross", "generations", "diff", "merge", 
 """What engines can do differently.  docs/engines.md is made of what each says of itself (Engine.capabilities)."""
 
 
+Behaviour = Literal[
+    "a full disk",
+    "the computer's disk full",
+    "system calls",
+    "code against its agent",
+    "processors",
+    "usage",
+    "report of a fork",
+]
+"""What engines do differently though all can do it.  Each says in `behaviour` how; docs/engines.md is made of that."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """What one machine may use.  Applied before any user code runs."""

@@ -168,12 +168,15 @@ def test_the_end_of_a_hypervisor(machine: DrivenMachine) -> None:
 
 
 def test_what_differs(machine: DrivenMachine, fork: Callable[..., list[DrivenMachine]]) -> None:
-    """A comparison tells files that came, went and changed, their sizes and patches, also while a cell runs."""
+    """A comparison tells files that came, went and changed, the image's too, sizes and patches, while a cell runs."""
     machine.run("open('kept', 'w').write('same'); open('text', 'w').write('one\\n'); open('gone', 'w').write('')")
     [child] = fork(machine)
     child.run("import os\nopen('text', 'w').write('two\\n'); os.unlink('gone'); os.symlink('/', 'link')")
     child.run("os.unlink('/usr/bin/wget') if os.path.exists('/usr/bin/wget') else None; os.unlink('/usr/bin/curl')")
+    child.run("text = open('/etc/hosts').read(); open('/etc/hosts', 'w').write(text.upper())")
     machine.start("while True: pass")
+    ask = machine.machine.diff(child.machine, ("/etc",), detail=False, timeout_s=60)
+    assert machine.call(lambda: ask).modified == ("/etc/hosts", "/etc/machine-id")
     ask = machine.machine.diff(child.machine, ("/root", "/usr/bin"), detail=True, timeout_s=60)
     found = machine.call(lambda: ask)
     assert (found.added, found.modified) == (("/root/link",), ("/root/text",))

@@ -1,4 +1,4 @@
-"""What the process engine says two machines have otherwise, and what that costs."""
+"""What engines say two machines have otherwise, and what that costs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import pytest
 from podflare.errors import MachineFailed, TooLarge
 from podflare.wire.api import Diff
 
+pytestmark = pytest.mark.any_engine
 PATHS = ("/root", "/tmp")
 
 
-def diff(one, other, paths=PATHS, *, detail=False, timeout_s=20) -> Diff:
+def diff(one, other, paths=PATHS, *, detail=False, timeout_s=60) -> Diff:
     return one.call(lambda: one.machine.diff(other.machine, paths, detail=detail, timeout_s=timeout_s))
 
 
@@ -247,6 +248,7 @@ def test_a_closed_machine_is_no_difference(parent, fork):
     assert lists(diff(one, parent)) == ([], [], [])
 
 
+@pytest.mark.process_engine("in virtual machines all files are listed")
 def test_cost_follows_what_changed(parent, fork):
     """Ten changes among 3,000 files that both inherited are found without a look at the others."""
     # Links of one file: cheaper to make than files, and as much to look at.

@@ -32,6 +32,8 @@ TRY_TIMEOUTS_S = (1.0, 2.0, 5.0, 60.0)
 """For a conversation to begin over channels that were just opened, from one try to the next."""
 _READ_BYTES = 256 * 1024
 _SEED_BYTES = 64
+_LONG_BYTES = 256 * 1024
+"""An answer from here on is decoded in a thread: it takes long."""
 NO_NETWORK: Mapping[str, Any] = {"is": "none"}
 
 
@@ -88,7 +90,11 @@ class Control:
             answer: dict[str, Any] = {}
             while answer.get("order") != self._number:
                 try:
-                    answer = _decode(await self._line())
+                    line = await self._line()
+                    if len(line) < _LONG_BYTES:
+                        answer = _decode(line)
+                    else:
+                        answer = await asyncio.get_running_loop().run_in_executor(None, _decode, line)
                 except ValueError as exc:
                     if not self._stale:
                         raise MachineFailed(f"a virtual machine answered with what is no answer: {exc}") from exc
@@ -100,13 +106,18 @@ class Control:
         return answer
 
     async def _line(self) -> bytes:
-        while b"\n" not in self._rest:
-            if len(self._rest) > MAX_LINE_BYTES:
-                raise MachineFailed("a virtual machine answered with a line without end")
-            data = await asyncio.get_running_loop().sock_recv(self._sock, _READ_BYTES)
-            if not data:
-                raise MachineFailed("the virtual machine is gone")
-            self._rest += data
+        parts, size = [self._rest], len(self._rest)
+        try:
+            while b"\n" not in parts[-1]:
+                if size > MAX_LINE_BYTES:
+                    raise MachineFailed("a virtual machine answered with a line without end")
+                data = await asyncio.get_running_loop().sock_recv(self._sock, _READ_BYTES)
+                if not data:
+                    raise MachineFailed("the virtual machine is gone")
+                parts.append(data)
+                size += len(data)
+        finally:
+            self._rest = b"".join(parts)
         line, _, self._rest = self._rest.partition(b"\n")
         return line
 

@@ -1,31 +1,43 @@
 """Which files two machines have otherwise: their first processes tell what there is, without a pause.
 
-Both have the same image below, so what is as in the image needs no look.  What they tell is hostile: bounded here, and
-wrong at most about their own files.
+Both have the same image below.  A file with the same mark in both (inode, times of change) is as in the image, or was
+not written to since they were one, so only others are read.  What they tell is hostile: bounded here, and wrong at most
+about their own files.
 """
 
 from __future__ import annotations
 
 import asyncio
-import difflib
-from collections.abc import Mapping
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import anyio
+
+from podflare.engines.microvm import patches
 from podflare.engines.microvm.machine import MicrovmMachine
-from podflare.errors import Conflict, MachineFailed, TooLarge
+from podflare.errors import Conflict, DeadlineExceeded, MachineFailed, TooLarge
 from podflare.wire.api import Diff, PathChange
 
 KINDS = ("file", "directory", "link", "fifo", "socket", "device")
 MAX_ENTRIES = 200_000
 MAX_PATH_CHARS = 4096
-MAX_DIGEST_CHARS = 4096
+MAX_MARK_CHARS = 4096
 MAX_SIZE = 2**62
 MAX_PATCHES = 200
 """Files of one comparison whose text is compared."""
-MAX_PATCH_CHARS = 64 * 1024
-TEXT_BYTES = 256 * 1024
-_PATCHED_AT_ONCE = 16
+TEXT_BYTES = 1 << 20
+"""Of one such file."""
+MAX_TEXT_BYTES = 32 << 20
+"""Of all of them."""
+MAX_ORDER_BYTES = 48 * 1024
+"""Of the paths in one order (guest/vm/control.py)."""
+_TEXTS_AT_ONCE_BYTES = 2 << 20
+PATCHES_TIMEOUT_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -35,12 +47,8 @@ class Entry:
     kind: str
     mode: int
     size: int
-    digest: str
-
-    def same_as(self, other: Entry) -> bool:
-        if (self.kind, self.mode) != (other.kind, other.mode) or "?" in (self.digest, other.digest):
-            return False
-        return self.digest == other.digest and (self.kind != "file" or self.size == other.size)
+    mark: str
+    """Of a link its target; of a file something that is another one whenever it was written to."""
 
 
 async def compare_machines(
@@ -50,18 +58,42 @@ async def compare_machines(
     if before.root != after.root:
         raise Conflict("the two sandboxes were started from different images")
     outermost = _outermost(paths)
-    one, other = await asyncio.gather(*(_manifest(machine, outermost, timeout_s) for machine in (before, after)))
+    if len(json.dumps(outermost)) > MAX_ORDER_BYTES:
+        raise TooLarge(f"the paths to compare are too long: more than {MAX_ORDER_BYTES >> 10} KiB together")
+    try:
+        with anyio.fail_after(timeout_s):
+            return await _compare(before, after, outermost, detail, timeout_s)
+    except TimeoutError:
+        raise DeadlineExceeded(f"the sandboxes' files were not compared within {timeout_s:g} s") from None
+
+
+async def _compare(
+    before: MicrovmMachine, after: MicrovmMachine, paths: list[str], detail: bool, timeout_s: float
+) -> Diff:
+    one, other = await asyncio.gather(*(_manifest(machine, paths, timeout_s) for machine in (before, after)))
+    common = [path for path in one if path in other]
+    same = await _same_content(before, after, [path for path in common if _unsure(one[path], other[path])], timeout_s)
     added = sorted(path for path in other if path not in one)
     removed = sorted(path for path in one if path not in other)
-    modified = sorted(path for path, entry in one.items() if path in other and not entry.same_as(other[path]))
+    modified = sorted(path for path in common if not (path in same or _alike(one[path], other[path])))
     details: dict[str, PathChange] | None = None
     if detail:
-        small = [path for path in modified if _is_small(one[path], other[path])]
-        patches = await _patches(before, after, small, timeout_s)
-        details = {
-            path: _change(one.get(path), other.get(path), patches.get(path)) for path in (*added, *removed, *modified)
-        }
+        pairs = {path: (one.get(path), other.get(path)) for path in (*added, *removed, *modified)}
+        made = await _patches(before, after, pairs, timeout_s)
+        details = {path: _change(*pair, made.get(path)) for path, pair in pairs.items()}
     return Diff(tuple(added), tuple(removed), tuple(modified), details)
+
+
+def _alike(one: Entry, other: Entry) -> bool:
+    if (one.kind, one.mode, one.mark) != (other.kind, other.mode, other.mark) or "?" in (one.mark, other.mark):
+        return False
+    return one.kind != "file" or one.size == other.size
+
+
+def _unsure(one: Entry, other: Entry) -> bool:
+    """Whether only a look at the contents tells."""
+    files = one.kind == other.kind == "file"
+    return files and (one.mode, one.size) == (other.mode, other.size) and one.mark != other.mark
 
 
 async def _manifest(machine: MicrovmMachine, paths: list[str], timeout_s: float) -> dict[str, Entry]:
@@ -71,13 +103,13 @@ async def _manifest(machine: MicrovmMachine, paths: list[str], timeout_s: float)
     rows = answer.get("manifest")
     if not isinstance(rows, list) or len(rows) > MAX_ENTRIES:
         raise MachineFailed("a virtual machine told no list of its files")
-    return dict(read_row(row) for row in rows)
+    return await asyncio.get_running_loop().run_in_executor(None, lambda: dict(read_row(row) for row in rows))
 
 
 def read_row(row: object) -> tuple[str, Entry]:
     """Decode one row of guest/vm/manifest.py.  Raises: MachineFailed for anything else."""
     if isinstance(row, list) and len(row) == 5:
-        path, kind, mode, size, digest = row
+        path, kind, mode, size, mark = row
         if (
             isinstance(path, str)
             and path.startswith("/")
@@ -88,10 +120,10 @@ def read_row(row: object) -> tuple[str, Entry]:
             and 0 <= mode <= 0o7777
             and type(size) is int
             and -1 <= size <= MAX_SIZE
-            and isinstance(digest, str)
-            and len(digest) <= MAX_DIGEST_CHARS
+            and isinstance(mark, str)
+            and len(mark) <= MAX_MARK_CHARS
         ):
-            return path, Entry(kind, mode, size, digest)
+            return path, Entry(kind, mode, size, mark)
     raise MachineFailed(f"a virtual machine told of a file what cannot be: {row!r:.200}")
 
 
@@ -103,34 +135,100 @@ def _outermost(paths: tuple[str, ...]) -> list[str]:
     return found
 
 
-def _is_small(one: Entry, other: Entry) -> bool:
-    return one.kind == other.kind == "file" and max(one.size, other.size) <= TEXT_BYTES
+async def _same_content(
+    before: MicrovmMachine, after: MicrovmMachine, paths: list[str], timeout_s: float
+) -> frozenset[str]:
+    same: list[str] = []
+    for some in _portions(paths, lambda path: len(json.dumps(path)), MAX_ORDER_BYTES):
+        one, other = await asyncio.gather(*(_told(machine, "digests", some, timeout_s) for machine in (before, after)))
+        same += [path for path in some if path in one and one[path] == other.get(path)]
+    return frozenset(same)
 
 
-async def _patches(before: MicrovmMachine, after: MicrovmMachine, paths: list[str], timeout_s: float) -> dict[str, str]:
-    patches: dict[str, str] = {}
-    for start in range(0, min(len(paths), MAX_PATCHES), _PATCHED_AT_ONCE):
-        some = paths[start : start + _PATCHED_AT_ONCE]
-        one, other = await asyncio.gather(*(_texts(machine, some, timeout_s) for machine in (before, after)))
-        for path in some:
-            if path in one and path in other:
-                patches[path] = _patch(path, one[path], other[path])
-    return patches
-
-
-async def _texts(machine: MicrovmMachine, paths: list[str], timeout_s: float) -> dict[str, str]:
-    answer = await machine.control.ask({"manifest": {"texts": paths}}, timeout_s=timeout_s)
-    told: Any = answer.get("texts")
+async def _told(machine: MicrovmMachine, what: str, paths: list[str], timeout_s: float) -> dict[str, str]:
+    """Of each path that the machine can say it of, a text."""
+    answer = await machine.control.ask({"manifest": {what: paths}}, timeout_s=timeout_s)
+    told: Any = answer.get(what)
     if not isinstance(told, Mapping):
         return {}
     return {path: text for path in paths if isinstance(text := told.get(path), str) and len(text) <= TEXT_BYTES}
 
 
-def _patch(path: str, one: str, other: str) -> str:
-    lines = difflib.unified_diff(one.splitlines(True), other.splitlines(True), f"a{path}", f"b{path}")
-    return "".join(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n" for line in lines)[
-        :MAX_PATCH_CHARS
-    ]
+def _portions(paths: Iterable[str], cost: Callable[[str], int], most: int) -> Iterator[list[str]]:
+    some: list[str] = []
+    total = 0
+    for path in paths:
+        if some and total + cost(path) > most:
+            yield some
+            some, total = [], 0
+        some.append(path)
+        total += cost(path)
+    if some:
+        yield some
+
+
+Pair = tuple[Entry | None, Entry | None]
+
+
+async def _patches(
+    before: MicrovmMachine, after: MicrovmMachine, pairs: dict[str, Pair], timeout_s: float
+) -> dict[str, str]:
+    wanted = list(_with_text(pairs))
+    texts: tuple[dict[str, str], dict[str, str]] = ({}, {})
+    for side, machine in enumerate((before, after)):
+        files = [path for path in wanted if (entry := pairs[path][side]) is not None and entry.kind == "file"]
+        size = {path: max(len(path), _size(pairs[path][side]) or 0) + 64 for path in files}
+        for some in _portions(files, lambda path, size=size: size[path], _TEXTS_AT_ONCE_BYTES):  # type: ignore[misc]
+            for few in _portions(some, lambda path: len(json.dumps(path)), MAX_ORDER_BYTES):
+                texts[side].update(await _told(machine, "texts", few, timeout_s))
+    rows = []
+    for path in wanted:
+        sides = [_text(entry, texts[side].get(path)) for side, entry in enumerate(pairs[path])]
+        one, other = pairs[path]
+        modes = (
+            (one.mode, other.mode) if one is not None and other is not None and one.kind == other.kind else (None,) * 2
+        )
+        if False in sides:
+            sides = [None, None]  # no text: its mode at most
+        rows.append([path, *sides, *modes])
+    return await asyncio.get_running_loop().run_in_executor(None, _run_patches, rows) if rows else {}
+
+
+def _with_text(pairs: dict[str, Pair]) -> Iterator[str]:
+    """The paths whose text is asked for, within the bounds."""
+    left = MAX_TEXT_BYTES
+    count = 0
+    for path, pair in pairs.items():
+        sizes = [entry.size for entry in pair if entry is not None and entry.kind in ("file", "link")]
+        if len(sizes) < len([entry for entry in pair if entry is not None]) or max(sizes, default=0) > TEXT_BYTES:
+            continue
+        left -= sum(sizes)
+        count += 1
+        if left < 0 or count > MAX_PATCHES:
+            return
+        yield path
+
+
+def _text(entry: Entry | None, text: str | None) -> str | bool | None:
+    """What is compared of one side; None for nothing there, False for what is no text."""
+    if entry is None:
+        return None
+    if entry.kind == "link":
+        return entry.mark
+    return False if text is None or "\0" in text else text
+
+
+def _run_patches(rows: list[list[object]]) -> dict[str, str]:
+    """In a process of its own, which may take long or fail: then there are none."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", str(Path(patches.__file__))],
+            input=json.dumps(rows), capture_output=True, text=True, check=True, timeout=PATCHES_TIMEOUT_S, env={},
+        )  # fmt: skip
+        made: dict[str, str] = json.loads(done.stdout)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return {}
+    return made
 
 
 def _change(one: Entry | None, other: Entry | None, patch: str | None) -> PathChange:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from podflare.engines.base import Capability, EngineOptions, EngineReport, Limits, MachineSpec, Snapshot
+from podflare.engines.base import Behaviour, Capability, EngineOptions, EngineReport, Limits, MachineSpec, Snapshot
 from podflare.engines.linux import cgroups
 from podflare.engines.linux.ending import remove_tree
 from podflare.engines.linux.waiting import make_owned, to_the_end
@@ -71,10 +71,19 @@ class MicrovmEngine:
         "fork": "the whole machine, its memory shared until written to, and its disk",
         "processes cross": "threads, processes, sockets, terminals, timers",
         "generations": "without end",
-        "diff": "all files below the paths are listed inside; those of the image are not read",
+        "diff": "all files below the paths are listed inside; what was written to since a fork is read",
         "snapshot": "kept on disk, restored any number of times, by later daemons too; with no network",
         "network": "egress with rules, secrets and a log",
         "templates": "images built from the distribution's packages and wheels",
+    }
+    behaviour: Mapping[Behaviour, str] = {
+        "a full disk": "an error inside; the machine goes on",
+        "the computer's disk full": "ends the machine that writes, which says so",
+        "system calls": "all that its own kernel allows without privileges: debuggers and user namespaces, too",
+        "code against its agent": "may end its own machine; the guard is the hypervisor",
+        "processors": "one where instructions are translated, else up to four",
+        "usage": "memory, processes, disk; changed files are not counted",
+        "report of a fork": "empty: all was taken along",
     }
     pool_size = 2
     """About 50 MB each, and where instructions are translated a third of a second of a processor to make one anew."""

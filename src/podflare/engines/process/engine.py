@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
-from podflare.engines.base import Capability, EngineOptions, EngineReport, Limits, MachineSpec, Snapshot
+from podflare.engines.base import Behaviour, Capability, EngineOptions, EngineReport, Limits, MachineSpec, Snapshot
 from podflare.engines.linux import cgroups, seccomp
 from podflare.engines.linux.ending import remove_tree
 from podflare.engines.linux.waiting import make_owned, run_to_end, wait_readable
@@ -61,6 +61,15 @@ class ProcessEngine:
         "merge": "three-way: files, lines of texts, variables",
         "network": "egress with rules, secrets and a log",
         "templates": "built on this computer from wheels",
+    }
+    behaviour: Mapping[Behaviour, str] = {
+        "a full disk": "ends the sandbox, which says so",
+        "the computer's disk full": "an error inside",
+        "system calls": "an allow-list",
+        "code against its agent": "refused",
+        "processors": "all, shared out by weight",
+        "usage": "memory, processes, changed files, disk",
+        "report of a fork": "names the threads, processes and connections that stayed behind",
     }
     pool_size = 4
     """About 15 MB each."""

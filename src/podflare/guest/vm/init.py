@@ -112,6 +112,8 @@ class _Init:
             order = json.loads(line)
             number = order["order"]
             if "mark" in order:
+                if system.files_are_mapped():
+                    os.sync()  # from here on what is written through memory changes a file's times (manifest.py)
                 self._ask_agent({"mark": True})
                 return control.encode(number, {"marked": True})
             if "restored" in order:

@@ -1,21 +1,25 @@
 """What the files below some directories are, so that two machines can be compared: made by a child, without a pause.
 
-A file of the image that was not changed is told by that alone (`same`), for both machines have the same image; of
-any other one a digest is made.  Links are told, never followed.
+A file has a mark, for which it is not read: inode and times are the same in two machines only if it is as in the image,
+or nobody has written to it since they were one.  (Not the device: an overlay shows the image's also of files that were
+changed.)  Of those whose marks differ digests are asked for.  Links are told, never followed.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import stat
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
+from podflare.guest.vm.system import files_are_mapped
+
 MAX_ENTRIES = 200_000
 MAX_BYTES = 24 * 1024 * 1024
 """Of an answer."""
-MAX_TEXT_BYTES = 256 * 1024
+MAX_TEXT_BYTES = 1 << 20
 """Of one file whose text is wanted."""
 MAX_DEPTH = 256
 _SKIPPED = ("/proc", "/sys", "/dev", "/run")
@@ -30,7 +34,7 @@ _KINDS = {
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 Row = Tuple[str, str, int, int, str]
-"""Path, kind, mode, size, digest: of a file its content's, of a link its target; `same`: as in the image."""
+"""Path, kind, mode, size, mark: of a link its target."""
 
 
 class TooMuch(Exception):
@@ -75,6 +79,8 @@ def _work(order: Dict[str, Any]) -> Dict[str, Any]:
     try:
         if "texts" in order:
             return {"texts": {path: text for path in order["texts"] if (text := _text(path)) is not None}}
+        if "digests" in order:
+            return {"digests": {path: digest for path in order["digests"] if (digest := _digest(path)) is not None}}
         return {"manifest": list(rows(order["paths"]))}
     except TooMuch as exc:
         return {"too_much": str(exc)}
@@ -82,73 +88,76 @@ def _work(order: Dict[str, Any]) -> Dict[str, Any]:
         return {"failed": f"{type(exc).__name__}: {exc}"}
 
 
-def rows(paths: List[str], image_device: Optional[int] = None) -> Iterator[Row]:
-    """All below `paths`, and they themselves.
-
-    Args: image_device: what stat(2) shows of files that are as in the image; found out if not given.
-    """
-    device = _image_device() if image_device is None else image_device
-    count = 0
+def rows(paths: List[str]) -> Iterator[Row]:
+    """All below `paths`, and they themselves."""
+    # Marks that are nobody else's: then every file is read.
+    salt = os.urandom(8).hex() if files_are_mapped() else ""
+    count = size = 0
     for path in paths:
-        for row in _walk(path.rstrip("/") or "/", device, 0):
+        if _leads_through_a_link(path):
+            continue
+        for row in _walk(path.rstrip("/") or "/", salt, 0):
             count += 1
-            if count > MAX_ENTRIES:
-                raise TooMuch(f"more than {MAX_ENTRIES} paths; compare fewer directories (paths)")
+            size += len(row[0]) + len(row[4])
+            if count > MAX_ENTRIES or size > MAX_BYTES:
+                raise TooMuch(f"more than {MAX_ENTRIES} paths, or more text of them; compare fewer directories (paths)")
             yield row
 
 
-def _image_device() -> int:
-    """Of a file that nobody has changed: an overlay shows another device for each of its layers."""
-    return os.stat("/usr/lib/os-release").st_dev
+def _leads_through_a_link(path: str) -> bool:
+    parts = path.split("/")
+    return any(os.path.islink("/".join(parts[:end])) for end in range(2, len(parts)))
 
 
-def _walk(path: str, device: int, depth: int) -> Iterator[Row]:
+def _walk(path: str, salt: str, depth: int) -> Iterator[Row]:
     try:
         status = os.lstat(path)
     except OSError:
         return
     kind = _KINDS.get(stat.S_IFMT(status.st_mode), "device")
-    yield path, kind, stat.S_IMODE(status.st_mode), _size(kind, status), _digest(path, kind, status, device)
+    yield path, kind, stat.S_IMODE(status.st_mode), _size(kind, status), _mark(path, kind, status, salt)
     if kind != "directory" or path in _SKIPPED:
         return
     if depth > MAX_DEPTH:
-        raise TooMuch(f"directories nested deeper than {MAX_DEPTH}: {path[:200]}")
+        raise OSError(errno.ENAMETOOLONG, f"directories nested deeper than {MAX_DEPTH}: {path[:200]}")
     try:
         names = os.listdir(path)
     except OSError:
         return
     for name in names:
-        yield from _walk(f"{path.rstrip('/')}/{name}", device, depth + 1)
+        yield from _walk(f"{path.rstrip('/')}/{name}", salt, depth + 1)
 
 
 def _size(kind: str, status: os.stat_result) -> int:
     return status.st_size if kind in ("file", "link") else -1
 
 
-def _digest(path: str, kind: str, status: os.stat_result, device: int) -> str:
-    if kind == "file" and status.st_dev == device:
-        return "same"
+def _mark(path: str, kind: str, status: os.stat_result, salt: str) -> str:
+    if kind == "file":
+        return f"{status.st_ino}.{status.st_ctime_ns}.{status.st_mtime_ns}{salt}"
     try:
-        if kind == "link":
-            return os.readlink(path)
-        if kind == "device":
-            return str(status.st_rdev)
-        return _content_digest(path) if kind == "file" else ""
+        return os.readlink(path) if kind == "link" else str(status.st_rdev) if kind == "device" else ""
     except OSError:
-        return "?"  # changed or gone while it is read: counts as changed
+        return "?"  # gone meanwhile: counts as changed
 
 
-def _content_digest(path: str) -> str:
+def _digest(path: str) -> Optional[str]:
+    """Of a file's content; None if it is gone, or no file any more."""
     digest = hashlib.blake2b(digest_size=16)
-    fd = os.open(path, _FILE)
     try:
-        while True:
-            data = os.read(fd, _CHUNK)
-            if not data:
-                return digest.hexdigest()
-            digest.update(data)
-    finally:
-        os.close(fd)
+        fd = os.open(path, _FILE)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                return None
+            while True:
+                data = os.read(fd, _CHUNK)
+                if not data:
+                    return digest.hexdigest()
+                digest.update(data)
+        finally:
+            os.close(fd)
+    except OSError:
+        return None
 
 
 def _text(path: str) -> Optional[str]:
@@ -159,7 +168,8 @@ def _text(path: str) -> Optional[str]:
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode) or os.fstat(fd).st_size > MAX_TEXT_BYTES:
             return None
-        return os.read(fd, MAX_TEXT_BYTES).decode()
+        data = os.read(fd, MAX_TEXT_BYTES)
+        return None if b"\0" in data else data.decode()
     except (OSError, UnicodeDecodeError):
         return None
     finally:
