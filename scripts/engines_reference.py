@@ -27,8 +27,9 @@ With `podflare serve --engine process --engine microvm` the first one is the def
 their parent's engine; sandboxes of two engines cannot be compared or merged.
 """
 BEHAVIOUR = """\
-What both can, and do not in the same way. Everything else is the same: the tests marked `any_engine` or `both_engines` hold it
-(`make test-microvm` runs all of them on virtual machines), and those marked `process_engine` say why they are not among them.
+What both can, and do not in the same way. Everything else is the same: the tests marked `any_engine` or `both_engines`
+hold it (`make test-microvm` runs all of them on virtual machines), and those marked `process_engine` say why they are
+not among them.
 """
 WALLS = """\
 Walls are explained in the [security model](security-model.md). In the column of `microvm` a wall that is not the
