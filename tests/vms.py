@@ -29,6 +29,8 @@ PROGRAMS = ("qemu-system-x86_64", "mkfs.ext4")
 
 vmm = "qemu"
 """Set by pytest's option --vmm: qemu, firecracker (make test-kvm), or cut (cutting.py)."""
+settings: dict[str, str] = {}
+"""The same for daemons that tests start."""
 NETWORKED = ("test_egress.py", "test_vm_network.py")
 """Tests of what only VMMs with a network can do."""
 MARKS = (pytest.mark.timeout(400), pytest.mark.microvm)
@@ -69,8 +71,7 @@ def engine_of(options: EngineOptions, store: ImageStore | None = None) -> Microv
     """A microvm engine on the VMM that these tests are to run on, not started."""
     if store is not None:
         options = replace(options, image_dir=str(store.root))
-    binary = os.environ["PODFLARE_FIRECRACKER"] if vmm == "firecracker" else ""
-    options = replace(options, vmm="qemu" if vmm == "cut" else vmm, firecracker=binary)
+    options = replace(options, vmm=settings["PODFLARE_VMM"], firecracker=settings.get("PODFLARE_FIRECRACKER", ""))
     return MicrovmEngine(options, cutting.find if vmm == "cut" else None)
 
 

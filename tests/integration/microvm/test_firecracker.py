@@ -107,6 +107,8 @@ async def test_a_vm_is_configured_saved_and_goes_on_many_times(vmm, folder, runn
     assert (await running.order(Order("GET", "/")))["state"] == "Running"
     # The kernel lies in memory of both, though the second capture wrote only what changed since the first.
     assert all(b"Linux version" in one.memory.read_bytes() for one in saved)
+    # Devices are described by ACPI, where the image's kernel looks for them: nothing on its command line does.
+    assert b"LNRO0005" in saved[0].memory.read_bytes()
     assert saved[0].memory.stat().st_blocks * 512 < SHAPE.memory_bytes
 
     before = saved[1].memory.read_bytes()
