@@ -340,6 +340,9 @@ class GateKeeper:
                 self._on_death()
             raise DeadlineExceeded(f"the gate did not answer within {self._settings.answer_timeout_s:g} s") from error
         except OSError as error:
+            self._answers.pop(number, None)  # nobody waits for it
+            if control is self._control:
+                self._on_death()  # sending finds it sooner than the loop does, and who tries again is to get a new one
             raise ConnectionError("the gate is gone") from error
         finally:
             self._answers.pop(number, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import threading
@@ -196,6 +197,27 @@ tell([sorted(set(ends)), len(ends), fetch("http://api.example.com/echo")[0]])"""
     assert told == [["ConnectionResetError"], 50, 200]
     assert own_keeper.gate_pid not in (None, killer.killed)
     assert "gate" in [entry.protocol for entry in sandbox.journal()]
+
+
+def test_an_order_that_finds_the_gate_dead_goes_to_the_next_one(own_network, own_keeper, portal):
+    """Whoever speaks to a gate before its death was seen gets an answer from the next, and holds nobody else up."""
+    sandbox = own_network(["api.example.com"])
+    inside = worlds.Inside(Path(sandbox.trusted).parent, ca_pem=sandbox.trusted.read_bytes())
+
+    async def after_a_death(order, *given):
+        pidfd = os.pidfd_open(own_keeper.gate_pid)
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        select.select([pidfd], [], [], 20)  # nothing else runs in this loop meanwhile
+        os.close(pidfd)
+        return await order(*given)
+
+    entries, _ = portal.call(after_a_death, own_keeper.journal, sandbox.key)
+    assert {entry.protocol for entry in entries} == {"gate"}
+    portal.call(after_a_death, own_keeper.branch, "fork", sandbox.key, inside.tun, inside.listener)
+    portal.call(after_a_death, own_keeper.detach, "fork")
+    inside.close()
+    assert {entry.protocol for entry in sandbox.journal()} == {"gate"}  # of a new gate
+    assert sandbox.run('tell(fetch("http://api.example.com/echo")[0])') == 200
 
 
 def test_a_gate_that_hangs_is_replaced(portal, world, settings):
