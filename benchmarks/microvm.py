@@ -1,7 +1,7 @@
-"""The microvm engine, on its own interface: boot, create by restore, a hot cell, forks, the parent's pause, memory.
+"""The microvm engine: boot, create by restore, a hot cell, forks, the parent's pause, memory; creates from the pool.
 
-Measured below HTTP, which costs the same for every engine (create.py, hot_cell.py).  Needs an image
-(`podflare image build`); how fast it is hangs on the accelerator, which the first series names.
+Measured below HTTP, which costs the same for every engine (create.py, hot_cell.py), but the last, which is a daemon's.
+Needs an image (`podflare image build`); how fast it is hangs on the accelerator, which the first series names.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import httpx
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
+from benchmarks.daemon import Daemon
 from benchmarks.series import Series
+from podflare import Client, Sandbox
 from podflare.engines.base import EngineOptions, Limits, MachineSpec
 from podflare.engines.linux.ending import remove_tree
 from podflare.engines.microvm.engine import MicrovmEngine, shape_of
@@ -50,7 +53,29 @@ def measure(full: bool) -> list[Series]:
         # The first one may have waited for the boot.
         found = [Series("microvm: create by restore", "ms", tuple(ms for ms, _ in created[1:]), f"<= 10 ms {PENDING}")]
         found.append(Series("microvm: hot cell", "ms", bench.cells(parent, 5 * rounds), f"<= 1 ms {PENDING}"))
-        return [*_boot(bench, Path(folder)), *found, *bench.forks(parent, rounds)]
+        found = [*_boot(bench, Path(folder)), *found, *bench.forks(parent, rounds)]
+    return [*found, *_from_pool(rounds)]
+
+
+def _from_pool(rounds: int) -> list[Series]:
+    """Creates at a daemon, one sandbox at a time, each when the pool is full."""
+    created, first_output = [], []
+    with Daemon("--engine", "microvm", "--image-dir", _images()) as daemon, Client(daemon.url) as client:
+        for _ in range(rounds + 1):
+            while (pool := httpx.get(f"{daemon.url}/v1/capacity").json()["pool"])["ready"] < pool["size"]:
+                daemon.settle()
+            daemon.settle()
+            started = perf_counter()
+            with Sandbox(client=client) as sandbox:
+                there = perf_counter()
+                sandbox.run_code("print(1 + 1)")
+                first_output.append((perf_counter() - started) * 1000)
+                created.append((there - started) * 1000)
+    # The first one opens the connection.
+    return [
+        Series("microvm: create, pool hit", "ms", tuple(created[1:]), f"<= 10 ms {PENDING}"),
+        Series("microvm: create to first output, pool hit", "ms", tuple(first_output[1:]), f"<= 10 ms {PENDING}"),
+    ]
 
 
 def _images() -> str:
