@@ -253,18 +253,27 @@ def test_what_the_machine_does_not_read_waits_and_is_not_lost(played: Callable[.
     vm, neighbour = played(True), played(True)
     vm.theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 6000)
     ours, theirs = vm.open(3400, 7003)
-    size = 10 * 1460  # what TCP sends at the start of a connection
+    size = 6 * 1460  # TCP sends ten segments at the start of a connection; they may be cut smaller than this
     vm.send(tcp(3400, ACK | PUSH, ours, theirs, f"{size}\n".encode(), dport=7003))
     deadline = time.monotonic() + WAIT_S
     while sum(one.bytes_in for one in vm.journal()) < size:
         assert time.monotonic() < deadline
     assert neighbour.ask(3401, "/meanwhile").startswith(b"HTTP/1.1 200")
     came: dict[int, int] = {}
-    while sum(came.values()) < size:
+    while (whole := _reach(came)) < size:
         segment = Segment(vm.receive())
         if segment.data:
             came[segment.seq - theirs] = len(segment.data)
-    assert sorted(came) == list(range(0, size, 1460))
+    assert whole == size
+
+
+def _reach(came: dict[int, int]) -> int:
+    """How far it goes without a gap.  `came`: lengths by position."""
+    end = 0
+    for start in sorted(came):
+        if start <= end:
+            end = max(end, start + came[start])
+    return end
 
 
 def test_where_it_cannot_be_made(portal: BlockingPortal, data_dir: Path) -> None:
