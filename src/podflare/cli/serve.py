@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--vmm",
         choices=("auto", "qemu", "firecracker"),
-        help="virtual machine monitor of the engine microvm (auto: Firecracker where it can work, else QEMU)",
+        help="virtual machine monitor of the engine microvm (auto: what can work with KVM, of two QEMU)",
     )
     what.add_argument("--firecracker", type=Path, metavar="PATH", help="the Firecracker to take (that on the PATH)")
     what.add_argument(

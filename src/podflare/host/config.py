@@ -23,7 +23,7 @@ from podflare.wire.egress import Reach
 
 MIB = 1024 * 1024
 VMMS = ("auto", "qemu", "firecracker")
-"""auto: Firecracker where it can work, else QEMU."""
+"""auto: what can work with KVM, of two QEMU; else QEMU that translates."""
 
 
 @dataclass(frozen=True)

@@ -176,11 +176,11 @@ def no_kvm(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 async def test_it_is_chosen_where_it_can_work(programs, folder, image_store, image, no_kvm):
-    """With KVM and a binary the engine takes Firecracker, and says so; what it cannot do is refused with what to do;
+    """With KVM and a named binary the engine takes Firecracker, says so; what it cannot do is refused with a way out;
     a template that does not come up in time is told, and nothing is left of it."""
     found = await run_sync(lambda: probe.find("auto", programs.firecracker))
     assert isinstance(found.vmm, Firecracker) and programs.version in found.detail
-    assert found.notes[0].endswith("- taken: the first of Firecracker and QEMU that can work")
+    assert found.notes[0].endswith("- taken: asked for")
     assert found.machine_key not in ("", (await run_sync(lambda: probe.find("qemu"))).machine_key)
     options = EngineOptions(
         data_dir=str(folder / "d"),

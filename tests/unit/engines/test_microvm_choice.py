@@ -15,12 +15,15 @@ from podflare.host.config import VMMS, Config
 FIRECRACKER = VmmStatus("firecracker", True, "kvm", "1.12.1", "Firecracker 1.12.1 with KVM")
 NO_FIRECRACKER = VmmStatus("firecracker", False, None, "", "firecracker is not on the PATH")
 QEMU = VmmStatus("qemu", True, "tcg", "7.2", "QEMU 7.2, translated")
+QEMU_KVM = VmmStatus("qemu", True, "kvm", "7.2", "QEMU 7.2 with KVM")
 NO_QEMU = VmmStatus("qemu", False, None, "", "qemu is missing")
 
 
 def test_what_is_taken() -> None:
-    """Firecracker where it can work, else QEMU; one that was asked for, or a reason and what would work."""
-    assert choice.choose("auto", (FIRECRACKER, QEMU)) == ("firecracker", "")
+    """What has KVM, of two QEMU, else what can work; one that was asked for, or a reason and what would work."""
+    assert choice.choose("auto", (QEMU_KVM, FIRECRACKER)) == ("qemu", "")
+    assert choice.choose("auto", (QEMU, FIRECRACKER)) == ("firecracker", "")
+    assert choice.choose("auto", (NO_QEMU, FIRECRACKER)) == ("firecracker", "")
     assert choice.choose("auto", (NO_FIRECRACKER, QEMU)) == ("qemu", "")
     assert choice.choose("qemu", (FIRECRACKER, QEMU)) == ("qemu", "")
     taken, why = choice.choose("auto", (NO_FIRECRACKER, NO_QEMU))
@@ -33,9 +36,9 @@ def test_what_is_taken() -> None:
 
 def test_everybody_is_told() -> None:
     """Each VMM has a line: what was found, whether it is taken, and why or why not."""
-    one, other = choice.notes("auto", (FIRECRACKER, QEMU))
-    assert "1.12.1" in one and "- taken: the first" in one
-    assert "7.2" in other and "not taken: firecracker comes first" in other
+    one, other = choice.notes("auto", (QEMU_KVM, FIRECRACKER))
+    assert "7.2" in one and "- taken: the first" in one
+    assert "1.12.1" in other and "not taken: qemu comes first" in other
     one, other = choice.notes("qemu", (FIRECRACKER, QEMU))
     assert "not taken: another one was asked for" in one and "- taken: asked for" in other
     assert "cannot be used" in choice.notes("auto", (NO_FIRECRACKER, QEMU))[0]

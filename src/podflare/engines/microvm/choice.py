@@ -5,8 +5,8 @@ from __future__ import annotations
 from podflare.engines.microvm.vmm import VmmStatus
 
 AUTO, QEMU, FIRECRACKER = "auto", "qemu", "firecracker"
-ORDER = (FIRECRACKER, QEMU)
-"""The first that can work is taken: Firecracker needs KVM, and is smaller and quicker to start where there is KVM."""
+ORDER = (QEMU, FIRECRACKER)
+"""Of those with KVM the first is taken, else the first that can work: machines of QEMU can have a network."""
 
 
 def choose(wish: str, statuses: tuple[VmmStatus, ...]) -> tuple[str, str]:
@@ -18,9 +18,9 @@ def choose(wish: str, statuses: tuple[VmmStatus, ...]) -> tuple[str, str]:
     """
     by_name = {status.vmm: status for status in statuses}
     if wish == AUTO:
-        for name in ORDER:
-            if by_name[name].usable:
-                return name, ""
+        usable = [by_name[name] for name in ORDER if by_name[name].usable]
+        if usable:
+            return min(usable, key=lambda status: status.accelerator != "kvm").vmm, ""
         return "", "; ".join(f"{status.vmm}: {status.detail}" for status in statuses)
     if wish not in by_name:
         return "", f"unknown virtual machine monitor {wish!r:.80}; there is: {', '.join((AUTO, *ORDER))}"
@@ -34,7 +34,7 @@ def choose(wish: str, statuses: tuple[VmmStatus, ...]) -> tuple[str, str]:
 def notes(wish: str, statuses: tuple[VmmStatus, ...]) -> tuple[str, ...]:
     """A line for each: found or not, and whether it is taken and why."""
     taken, _ = choose(wish, statuses)
-    why = "the first of Firecracker and QEMU that can work" if wish == AUTO else "asked for"
+    why = "the first of QEMU and Firecracker, where either can work with KVM" if wish == AUTO else "asked for"
     lines = []
     for status in statuses:
         if status.vmm == taken:

@@ -51,7 +51,7 @@ def find(wish: str = AUTO, firecracker_path: str = "") -> Found:
 
     Args:
         wish: choice.AUTO or a VMM's name.
-        firecracker_path: empty: the one on the PATH.
+        firecracker_path: with AUTO a wish for it; empty: the one on the PATH.
     """
     missing = [f"{name} is missing (Debian: apt install {package})" for name, package in _PROGRAMS if not _has(name)]
     if disks.find_maker() is None:
@@ -59,8 +59,8 @@ def find(wish: str = AUTO, firecracker_path: str = "") -> Found:
     no_kvm = accelerator.problem_with_kvm()
     programs, one = _firecracker(firecracker_path, missing, no_kvm)
     other = _qemu(missing, no_kvm)
-    if firecracker_path and programs is None and wish == AUTO:
-        wish = FIRECRACKER  # where it is was said, and is wrong: never another one unasked
+    if firecracker_path and wish == AUTO:
+        wish = FIRECRACKER  # who says where it is wants it, and never another one unasked
     statuses = (one, other)
     taken, problem = choice.choose(wish, statuses)
     notes = choice.notes(wish, statuses)
