@@ -1,7 +1,7 @@
 """The internet of a world: name servers, web servers and odd servers, at the addresses of `worlds`.
 
 Odd TCP ports, on every address: 7000 echoes, 7001 reads and never answers, 7002 sends without end, 7003 sends `N`
-bytes for a line `N`, 7004 resets at once, 7005 answers TLS with nonsense, 7006 says at
+bytes for a line `N`, 7004 resets at the first byte, 7005 answers TLS with nonsense, 7006 says at
 the other side's end how much it got.
 """
 
@@ -263,6 +263,7 @@ def measured(sock: socket.socket) -> None:
 
 
 def reset(sock: socket.socket) -> None:
+    sock.recv(1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 

@@ -40,6 +40,7 @@ def download():
         return size
 def reset():
     with socket.create_connection((WEB, 7004), timeout=20) as sock:
+        sock.sendall(b"x")
         return sock.recv(1)
 def leave():
     import struct
