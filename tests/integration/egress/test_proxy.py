@@ -93,7 +93,10 @@ tell({
     }  # fmt: skip
     assert {name for name, code in status.items() if code.startswith("4")} == set(told)
     reason = "egress to evil.example is not allowed for this sandbox: allowed are api.example.com"
-    assert reason in told["connect"] and reason in told["get"]
+    for answer in (told["connect"], told["get"]):
+        line, _, rest = answer.partition("\r\n")
+        assert line == f"HTTP/1.1 403 podflare egress: {reason}" and rest.endswith(f"\r\n\r\n{reason}\n"), answer
+    assert all(answer.partition("\r\n")[0].isprintable() for answer in told.values())
     assert "not to its port 22" in told["port"] and "93.184.216.35" in told["raw"]
     assert world.requests() == [] and world.queries() == []
 
