@@ -101,6 +101,8 @@ def _options(config: Config, instance: Instance, engine: str) -> EngineOptions:
         snapshot_dir=str((folder if config.embedded else config.data_dir.absolute()) / "snapshots"),
         vmm=config.vmm,
         firecracker="" if config.firecracker is None else str(config.firecracker.absolute()),
+        disk_bytes_per_s=config.disk_rate_mib << 20,
+        disk_operations_per_s=config.disk_rate_operations,
     )
 
 

@@ -53,6 +53,15 @@ def parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--firecracker", type=Path, metavar="PATH", help="the Firecracker to take (that on the PATH)")
     what.add_argument(
+        "--disk-rate-mib",
+        type=_count,
+        metavar="MIB",
+        help="what a virtual machine may read from its disk and write to it in a second (no limit)",
+    )
+    what.add_argument(
+        "--disk-rate-operations", type=_count, metavar="N", help="how often it may do so in a second (no limit)"
+    )
+    what.add_argument(
         "--pool-size", type=_count, metavar="N", help="warm sandboxes kept ready (process: 4, microvm: 2)"
     )
     # For the SDK, which starts a private daemon with them.

@@ -396,3 +396,6 @@ class EngineOptions:
     """Which virtual machine monitor the microvm engine takes: auto, qemu or firecracker."""
     firecracker: str = ""
     """Path of the Firecracker to take; empty: the one on the PATH."""
+    disk_bytes_per_s: int = 0
+    disk_operations_per_s: int = 0
+    """What each machine of the microvm engine may read from its disk and write to it; 0: no limit."""

@@ -59,6 +59,10 @@ class Config:
     """Which virtual machine monitor the microvm engine takes: one of VMMS."""
     firecracker: Path | None = None
     """The Firecracker to take; None for the one on the PATH."""
+    disk_rate_mib: int = 0
+    disk_rate_operations: int = 0
+    """What each virtual machine may read from its disk and write to it in a second.  0, no limit: what is fair depends
+    on the computer's disk and on how many machines use it at a time, and any number slows a machine that is alone."""
     pool_size: int | None = None
     """Warm sandboxes kept ready: a burst of this many creates costs no start-up.  None: as the engine finds worth its
     memory (Engine.pool_size)."""
@@ -177,7 +181,7 @@ class Config:
             found.update(engines=read_engines((environ["PODFLARE_ENGINE"],)), engines_on_request=False)
         if environ.get("PODFLARE_DATA_DIR"):
             found["data_dir"] = Path(environ["PODFLARE_DATA_DIR"])
-        for setting in ("memory_reserve_mib", "disk_reserve_mib"):
+        for setting in ("memory_reserve_mib", "disk_reserve_mib", "disk_rate_mib", "disk_rate_operations"):
             name = f"PODFLARE_{setting.upper()}"
             if environ.get(name):
                 found[setting] = _whole(environ, name, 0)

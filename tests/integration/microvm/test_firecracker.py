@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -25,10 +26,10 @@ from podflare.engines.microvm.birth import bear
 from podflare.engines.microvm.confinement import ALWAYS, AS_ROOT, VMM_ID, Confinement
 from podflare.engines.microvm.engine import MOST_CPUS, MicrovmEngine, shape_of
 from podflare.engines.microvm.firecracker import Firecracker, FirecrackerVm, Programs, find
-from podflare.engines.microvm.firecracker_orders import DiskRate, Order
+from podflare.engines.microvm.firecracker_orders import Order
 from podflare.engines.microvm.image.store import Image
 from podflare.engines.microvm.origins import Origin, Origins
-from podflare.engines.microvm.vmm import BootSource, Drives, SavedVm, Shape
+from podflare.engines.microvm.vmm import NO_LIMIT, BootSource, DiskRate, Drives, SavedVm, Shape
 from podflare.engines.microvm.vsock import connect
 from podflare.errors import DeadlineExceeded, IsolationIncomplete, MachineFailed
 
@@ -52,19 +53,24 @@ def folder(private_temp: Path) -> Iterator[Path]:
 
 @pytest.fixture
 async def vmm(programs: Programs) -> Firecracker:
-    return Firecracker(
-        programs, Confinement.detect(kvm=True, jailed=True), DiskRate(bytes_per_s=50 << 20, operations_per_s=1000)
-    )
+    return Firecracker(programs, Confinement.detect(kvm=True, jailed=True))
 
 
-def place(folder: Path, name: str) -> tuple[Path, Drives]:
+def place(folder: Path, name: str, rate: DiskRate = NO_LIMIT) -> tuple[Path, Drives]:
     """A VM's directory with a disk, as the engine makes it."""
     directory = folder / name
     directory.mkdir(mode=0o711)
     disk = directory / "disk"
     disk.touch()
     os.truncate(disk, 16 << 20)
-    return directory, Drives(folder / "root", disk)
+    return directory, Drives(folder / "root", disk, rate)
+
+
+async def limiter_of(vm: FirecrackerVm) -> Any:
+    """Of its own disk; the image's has none."""
+    drives = {drive["drive_id"]: drive for drive in (await vm.order(Order("GET", "/vm/config")))["drives"]}
+    assert drives["root"]["rate_limiter"] is None
+    return drives["disk"]["rate_limiter"]
 
 
 @pytest.fixture
@@ -90,8 +96,7 @@ async def test_a_vm_is_configured_saved_and_goes_on_many_times(vmm, folder, runn
     assert told["machine-config"]["mem_size_mib"] == 128 and told["machine-config"]["track_dirty_pages"] is True
     assert told["boot-source"]["boot_args"] == "console=ttyS0 quiet reboot=k pci=off"
     assert {drive["drive_id"]: drive["is_read_only"] for drive in told["drives"]} == {"root": True, "disk": False}
-    limiter = next(drive["rate_limiter"] for drive in told["drives"] if drive["drive_id"] == "disk")
-    assert (limiter["bandwidth"]["size"], limiter["ops"]["size"]) == (50 << 20, 1000)
+    assert await limiter_of(running) is None
     assert told["vsock"]["uds_path"] == "vsock"
 
     saved = [SavedVm(folder / f"memory{n}", folder / f"devices{n}") for n in range(2)]
@@ -115,7 +120,7 @@ async def test_a_vm_is_configured_saved_and_goes_on_many_times(vmm, folder, runn
     children: list[FirecrackerVm] = []
 
     async def restore(number: int) -> None:
-        directory, drives = place(folder, f"child{number}")
+        directory, drives = place(folder, f"child{number}", DiskRate(50 << 20, 1000))
         children.append(await vmm.restore(directory, SHAPE, saved[1], drives))
 
     try:
@@ -131,10 +136,18 @@ async def test_a_vm_is_configured_saved_and_goes_on_many_times(vmm, folder, runn
             assert walls == set(Confinement.detect(kvm=True, jailed=True).verify(child.pid))
             await child.resume()
             assert (await child.order(Order("GET", "/")))["state"] == "Running"
-        await children[0].set_disk_rate(DiskRate(operations_per_s=7))
+            limiter = await limiter_of(child)
+            assert (limiter["bandwidth"]["size"], limiter["ops"]["size"]) == (50 << 20, 1000)
         again = SavedVm(folder / "memory-of-child", folder / "devices-of-child")
         await children[0].capture(again, while_paused=copied)
         assert again.memory.stat().st_size == SHAPE.memory_bytes
+        # What was saved has its rate in it, which counts for nobody.
+        for number, rate in enumerate((DiskRate(operations_per_s=7), NO_LIMIT)):
+            directory, drives = place(folder, f"grandchild{number}", rate)
+            children.append(await vmm.restore(directory, SHAPE, again, drives))
+        limiter = await limiter_of(children[-2])
+        assert (limiter["bandwidth"], limiter["ops"]["size"]) == (None, 7)
+        assert await limiter_of(children[-1]) is None
         assert saved[1].memory.read_bytes() == before, "a child wrote to what it shares with its siblings"
     finally:
         for child in children:
@@ -355,10 +368,9 @@ async def read_line(sock: socket.socket) -> bytes:
 
 
 def test_orders_are_what_the_shape_says():
-    """An odd number of processors becomes even, no limits mean no limiter, and a lifted limit is told."""
-    machine = orders.boot_orders(Shape(1 << 30, 5), "quiet", DiskRate())[0].body
+    """An odd number of processors becomes even, and a limit of the disk that is none is told as such."""
+    machine = orders.boot_orders(Shape(1 << 30, 5), "quiet")[0].body
     assert machine == {"vcpu_count": 4, "mem_size_mib": 1024, "track_dirty_pages": True}
-    assert not any("rate_limiter" in order.body for order in orders.boot_orders(SHAPE, "", DiskRate()))
     limiter = orders.rate_order(DiskRate(bytes_per_s=5)).body["rate_limiter"]
     assert limiter == {"bandwidth": {"size": 5, "refill_time": 1000}, "ops": {"size": 0, "refill_time": 0}}
     assert orders.problem_with("Firecracker v1.12.1") == "" == orders.problem_with("v1.10.0")

@@ -9,7 +9,7 @@ from podflare.engines.base import EngineOptions, Limits
 from podflare.engines.microvm.confinement import VMM_ID, Confinement
 from podflare.engines.microvm.engine import LEAST_BYTES, OWN_BYTES, MicrovmEngine, disk_bytes_of, shape_of
 from podflare.engines.microvm.qemu_command import Descriptors, machine_key, qemu_command
-from podflare.engines.microvm.vmm import BootSource, Shape
+from podflare.engines.microvm.vmm import BootSource, DiskRate, Shape
 
 FDS = Descriptors(10, 11, 12, 13, 14, 15, 16)
 SHAPE = Shape(1 << 30, 2)
@@ -43,6 +43,18 @@ def test_a_network_interface_where_the_shape_has_one() -> None:
     assert [word for word in command if word.startswith("virtio-net-pci,") and word.endswith(",romfile=")]
     assert 18 in fds.all()
     assert machine_key("7.2", "tcg", Shape(1 << 30, 2, network=True)) != machine_key("7.2", "tcg", SHAPE)
+
+
+def test_the_rate_of_a_disk() -> None:
+    """It stands at the machine's own disk alone, one second's worth at once; nothing that the guest sees follows."""
+    plain = qemu_command("qemu", "tcg", SHAPE, FDS, SOURCE)
+    held = qemu_command("qemu", "tcg", SHAPE, FDS, SOURCE, rate=DiskRate(5, 6))
+    [(before, after)] = [(one, other) for one, other in zip(plain, held, strict=True) if one != other]
+    assert "id=disk" in before and not any("throttling" in word for word in plain)
+    throttle = "throttling.bps-total=5,throttling.bps-total-max=5,throttling.iops-total=6,throttling.iops-total-max=6"
+    assert after == f"{before},{throttle}"
+    one = qemu_command("qemu", "tcg", SHAPE, FDS, SOURCE, rate=DiskRate(operations_per_s=6))
+    assert not any("bps" in word for word in one) and any("iops-total=6" in word for word in one)
 
 
 def test_a_restored_machine_is_the_same_machine() -> None:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from podflare.engines.microvm import firecracker_orders as orders
-from podflare.engines.microvm.firecracker_orders import DiskRate, Order
-from podflare.engines.microvm.vmm import Shape
+from podflare.engines.microvm.firecracker_orders import Order
+from podflare.engines.microvm.vmm import DiskRate, Shape
 
 BUCKET = {"size!": int, "refill_time!": int, "one_time_burst": int}
 LIMITER = {"bandwidth": BUCKET, "ops": BUCKET}
@@ -67,8 +67,7 @@ def of_path(order: Order) -> str:
 def test_all_orders_are_in_the_api() -> None:
     """Each order has the properties that are required, and none that are unknown or of another type."""
     rates = (DiskRate(), DiskRate(5 << 20), DiskRate(5 << 20, 100), DiskRate(operations_per_s=1))
-    given = [order for rate in rates for order in orders.boot_orders(Shape(1 << 30, 64), "quiet", rate)]
-    given += [orders.rate_order(rate) for rate in rates]
+    given = [*orders.boot_orders(Shape(1 << 30, 64), "quiet"), *map(orders.rate_order, rates)]
     given += [orders.load_order(), orders.save_order(), orders.balloon_order(5 << 20)]
     given += [orders.state_order("Paused"), orders.state_order("Resumed")]
     for order in given:

@@ -54,6 +54,18 @@ def test_the_network_of_sandboxes():
             Config.from_environment(wrong)
 
 
+def test_the_disk_rate_of_virtual_machines():
+    """There is none unless the operator names one, which holds for the private daemon too."""
+    assert Config.from_environment({}).disk_rate_mib == Config.from_environment({}).disk_rate_operations == 0
+    variables = {"PODFLARE_DISK_RATE_MIB": "50", "PODFLARE_DISK_RATE_OPERATIONS": "1000"}
+    for embedded in (False, True):
+        config = Config.from_environment(variables, embedded=embedded, uds="/s")
+        assert (config.disk_rate_mib, config.disk_rate_operations) == (50, 1000)
+    assert Config.from_environment(variables, disk_rate_mib=7).disk_rate_mib == 7
+    with pytest.raises(BadRequest, match="PODFLARE_DISK_RATE_MIB must be a whole number from 0 up"):
+        Config.from_environment({"PODFLARE_DISK_RATE_MIB": "-1"})
+
+
 def test_given_beats_variables_and_none_is_not_given():
     """Options win over the environment; an option left out does not."""
     environ = {"PODFLARE_HOSTD_ADDR": "127.0.0.1:1", "PODFLARE_POOL_SIZE": "3"}

@@ -19,7 +19,7 @@ from podflare.engines.microvm.disks import copy_disk
 from podflare.engines.microvm.landing import Landing, make_bundle
 from podflare.engines.microvm.machine import MicrovmMachine, end, vmm_limits
 from podflare.engines.microvm.origins import Origin
-from podflare.engines.microvm.vmm import Drives, Vm, Vmm
+from podflare.engines.microvm.vmm import DiskRate, Drives, Vm, Vmm
 from podflare.errors import IsolationIncomplete, MachineFailed
 
 INHERENT_WALLS: tuple[Wall, ...] = ("hypervisor", "private_root", "memory_limit", "disk_limit", "process_limit")
@@ -37,6 +37,10 @@ class Nursery:
     vmm: Vmm
     confinement: Confinement
     cgroups: Cgroups
+
+    @property
+    def rate(self) -> DiskRate:
+        return DiskRate(self.options.disk_bytes_per_s, self.options.disk_operations_per_s)
 
 
 async def bear(
@@ -59,7 +63,8 @@ async def bear(
             landing = Landing(await asyncio.get_running_loop().run_in_executor(None, make_bundle, nursery.folder))
         disk = directory / "disk"
         await asyncio.get_running_loop().run_in_executor(None, copy_disk, origin.disk, disk)
-        vm = await nursery.vmm.restore(directory, origin.shape, origin.saved, Drives(origin.root, disk))
+        drives = Drives(origin.root, disk, nursery.rate)
+        vm = await nursery.vmm.restore(directory, origin.shape, origin.saved, drives)
         if nursery.cgroups.version:
             limits = vmm_limits(spec.limits, origin.shape)
             group = nursery.cgroups.create(nursery.options.instance, machine_id, limits)

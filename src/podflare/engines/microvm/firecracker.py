@@ -30,7 +30,7 @@ from podflare.engines.microvm import memory
 from podflare.engines.microvm.confinement import Confinement
 from podflare.engines.microvm.console import Console
 from podflare.engines.microvm.disks import copy_disk
-from podflare.engines.microvm.firecracker_orders import DiskRate, Order
+from podflare.engines.microvm.firecracker_orders import Order
 from podflare.engines.microvm.vmm import (
     CHANNEL_VSOCK_PORT,
     CONTROL_VSOCK_PORT,
@@ -98,16 +98,15 @@ class Firecracker:
     kernel_kind: Literal["bzImage", "vmlinux"] = "vmlinux"
     no_network = "virtual machines of Firecracker have no network yet; those of QEMU can: podflare serve --vmm qemu"
 
-    def __init__(self, programs: Programs, confinement: Confinement, rate: DiskRate | None = None) -> None:
+    def __init__(self, programs: Programs, confinement: Confinement) -> None:
         self._programs, self._confinement = programs, confinement
-        self._rate = rate or DiskRate()
 
     async def boot(self, directory: Path, shape: Shape, source: BootSource, drives: Drives) -> FirecrackerVm:
         files = {orders.KERNEL: source.kernel, orders.INITRD: source.initrd, **_drives(drives)}
         base = os.memfd_create("podflare-empty", os.MFD_CLOEXEC)  # what a VM's memory is at first
         os.ftruncate(base, shape.memory_bytes)
         vm = await self._started(directory, files, base)
-        await vm.prepared(orders.boot_orders(shape, source.command_line, self._rate))
+        await vm.prepared(orders.boot_orders(shape, source.command_line))
         return vm
 
     async def restore(self, directory: Path, shape: Shape, saved: SavedVm, drives: Drives) -> FirecrackerVm:
@@ -117,7 +116,7 @@ class Firecracker:
         except OSError as exc:
             raise MachineFailed(f"a virtual machine's file cannot be opened: {exc}") from exc
         vm = await self._started(directory, files, base)
-        await vm.prepared((orders.load_order(),))
+        await vm.prepared((orders.load_order(), orders.rate_order(drives.rate)))
         return vm
 
     async def _started(self, directory: Path, files: dict[str, Path], base: int) -> FirecrackerVm:
@@ -306,10 +305,6 @@ class FirecrackerVm:
     async def set_balloon(self, size_bytes: int) -> None:
         """Take this much memory from the guest; 0 gives all back.  Raises: MachineFailed."""
         await self.order(orders.balloon_order(size_bytes))
-
-    async def set_disk_rate(self, rate: DiskRate) -> None:
-        """From now on the disk is that fast.  Raises: MachineFailed."""
-        await self.order(orders.rate_order(rate))
 
     async def capture(self, to: SavedVm, *, while_paused: Callable[[], Awaitable[None]]) -> float:
         # A caller that gives up must leave neither a VM that stands still nor a thread with a closed descriptor.

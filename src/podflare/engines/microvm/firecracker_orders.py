@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from podflare.engines.microvm.vmm import Shape
+from podflare.engines.microvm.vmm import DiskRate, Shape
 
 OLDEST, BEFORE = (1, 10), (2, 0)
 """Since 1.10 a guest hears as soon as its VM goes on that a capture or a restore has ended its connections."""
@@ -34,19 +34,6 @@ class Order:
     body: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class DiskRate:
-    """How much a VM may read and write in a second; None: as much as it can."""
-
-    bytes_per_s: int | None = None
-    operations_per_s: int | None = None
-
-    def as_body(self) -> dict[str, Any]:
-        """The rate limiter of the API: one second's worth may be used at once."""
-        buckets = {"bandwidth": self.bytes_per_s, "ops": self.operations_per_s}
-        return {name: {"size": size, "refill_time": _REFILL_MS} for name, size in buckets.items() if size is not None}
-
-
 def problem_with(version: str) -> str:
     """Why a Firecracker of this version cannot be used; empty if it can."""
     found = _VERSION.search(version)
@@ -62,7 +49,7 @@ def _dotted(version: tuple[int, int]) -> str:
     return ".".join(map(str, version))
 
 
-def boot_orders(shape: Shape, command_line: str, rate: DiskRate) -> tuple[Order, ...]:
+def boot_orders(shape: Shape, command_line: str) -> tuple[Order, ...]:
     """From a fresh process to a running VM."""
     cpus = min(shape.cpus, _MOST_CPUS)
     if cpus > 1:
@@ -75,7 +62,7 @@ def boot_orders(shape: Shape, command_line: str, rate: DiskRate) -> tuple[Order,
         Order("PUT", "/machine-config", machine),
         Order("PUT", "/boot-source", source),
         _drive(ROOT, read_only=True),
-        _drive(DISK, read_only=False, rate=rate),
+        _drive(DISK, read_only=False),
         Order("PUT", "/vsock", {"guest_cid": GUEST_CID, "uds_path": VSOCK}),
         Order("PUT", "/balloon", {"amount_mib": 0, "deflate_on_oom": True}),
         Order("PUT", "/entropy", {}),
@@ -83,10 +70,8 @@ def boot_orders(shape: Shape, command_line: str, rate: DiskRate) -> tuple[Order,
     )
 
 
-def _drive(name: str, *, read_only: bool, rate: DiskRate | None = None) -> Order:
-    body: dict[str, Any] = {"drive_id": name, "path_on_host": name, "is_root_device": False, "is_read_only": read_only}
-    if rate is not None and rate.as_body():
-        body["rate_limiter"] = rate.as_body()
+def _drive(name: str, *, read_only: bool) -> Order:
+    body = {"drive_id": name, "path_on_host": name, "is_root_device": False, "is_read_only": read_only}
     return Order("PUT", f"/drives/{name}", body)
 
 
@@ -114,9 +99,10 @@ def balloon_order(size_bytes: int) -> Order:
 
 
 def rate_order(rate: DiskRate) -> Order:
-    """Another rate for the VM's disk while it runs."""
-    unlimited = {"size": 0, "refill_time": 0}
-    limiter = {"bandwidth": unlimited, "ops": unlimited, **rate.as_body()}
+    """The rate of the disk of a VM that was booted or loaded; what was saved has the rate that it was saved with."""
+    buckets = {"bandwidth": rate.bytes_per_s, "ops": rate.operations_per_s}
+    # A bucket of nothing is no limit.
+    limiter = {name: {"size": size, "refill_time": _REFILL_MS if size else 0} for name, size in buckets.items()}
     return Order("PATCH", f"/drives/{DISK}", {"drive_id": DISK, "rate_limiter": limiter})
 
 

@@ -111,7 +111,7 @@ class Qemu:
             self._confinement.own(disk)
             frames = theirs[4] if shape.network else None
             fds = Descriptors(theirs[0], theirs[1], theirs[2], theirs[3], base, root, disk, devices, frames)
-            command = qemu_command(self._binary, self.accelerator, shape, fds, source)
+            command = qemu_command(self._binary, self.accelerator, shape, fds, source, rate=drives.rate)
             # Waits only for the exec, a millisecond or two.
             process = subprocess.Popen(
                 self._confinement.wrap(command),

@@ -9,7 +9,15 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from podflare.engines.microvm.vmm import CHANNEL_NAME, CONTROL_NAME, Accelerator, BootSource, Shape
+from podflare.engines.microvm.vmm import (
+    CHANNEL_NAME,
+    CONTROL_NAME,
+    NO_LIMIT,
+    Accelerator,
+    BootSource,
+    DiskRate,
+    Shape,
+)
 
 TRANSLATED_CODE_MIB = 64
 """Of translated guest code that a process keeps (TCG): it is private to each VM, and the default is half a gigabyte."""
@@ -52,15 +60,26 @@ class Descriptors:
 
 
 def qemu_command(
-    binary: str, accelerator: Accelerator, shape: Shape, fds: Descriptors, source: BootSource | None = None
+    binary: str,
+    accelerator: Accelerator,
+    shape: Shape,
+    fds: Descriptors,
+    source: BootSource | None = None,
+    *,
+    rate: DiskRate = NO_LIMIT,
 ) -> list[str]:
-    """The whole command.  Args: source: what to boot; None with `fds.devices`."""
+    """The whole command.
+
+    Args:
+        source: what to boot; None with `fds.devices`.
+        rate: of the disk; the guest does not see it, so a saved VM goes on with any.
+    """
     command = [binary, *_machine(accelerator, shape), "-nodefaults", "-no-user-config", "-display", "none"]
     command += ["-no-reboot", "-sandbox", _FORBIDDEN]
     command += ["-object", _memory(shape, fds.memory)]
     command += ["-chardev", f"socket,id=monitor,fd={fds.monitor}", "-mon", "chardev=monitor,mode=control"]
     command += ["-chardev", f"socket,id=console,fd={fds.console}", "-serial", "chardev:console"]
-    command += _drives(fds)
+    command += _drives(fds, rate)
     command += _network(shape, fds.frames)
     command += ["-device", "virtio-serial-pci"]
     for name, fd in ((CHANNEL_NAME, fds.channel), (CONTROL_NAME, fds.control)):
@@ -103,12 +122,17 @@ def _network(shape: Shape, fd: int | None) -> list[str]:
     return ["-netdev", f"dgram,id=network,local.type=fd,local.str={fd}", "-device", device]
 
 
-def _drives(fds: Descriptors) -> list[str]:
+def _drives(fds: Descriptors, rate: DiskRate) -> list[str]:
     words: list[str] = []
+    throttle = "".join(
+        f",throttling.{unit}-total={most},throttling.{unit}-total-max={most}"
+        for unit, most in (("bps", rate.bytes_per_s), ("iops", rate.operations_per_s))
+        if most
+    )
     for name, fd, options in (
         ("root", fds.root, "read-only=on"),
         # A write that fails for the computer's sake is no error of the machine's disk: it is told over the monitor.
-        ("disk", fds.disk, "cache=unsafe,discard=unmap,detect-zeroes=unmap,werror=stop"),
+        ("disk", fds.disk, f"cache=unsafe,discard=unmap,detect-zeroes=unmap,werror=stop{throttle}"),
     ):
         # Nobody else has this disk, and the root is never written to: no locks.
         words += ["-drive", f"file=/proc/self/fd/{fd},if=none,id={name},format=raw,file.locking=off,{options}"]

@@ -44,6 +44,17 @@ class BootSource:
 
 
 @dataclass(frozen=True)
+class DiskRate:
+    """How much a VM may read and write in a second, of which one second's worth at once; 0: as much as it can."""
+
+    bytes_per_s: int = 0
+    operations_per_s: int = 0
+
+
+NO_LIMIT = DiskRate()
+
+
+@dataclass(frozen=True)
 class Drives:
     """The block devices of a VM, in the order in which the guest sees them."""
 
@@ -51,6 +62,8 @@ class Drives:
     """Read-only, the same for many VMs: /dev/vda."""
     disk: Path
     """Raw, of this VM alone: /dev/vdb."""
+    rate: DiskRate = NO_LIMIT
+    """Of `disk`, for a VM that is restored, whatever it was saved with; one that boots runs nobody's code."""
 
 
 @dataclass(frozen=True)
