@@ -25,8 +25,6 @@ API: Mapping[str, Mapping[str, Any]] = {
     },
     "PATCH /drives/*": {"drive_id!": str, "path_on_host": str, "rate_limiter": LIMITER},
     "PUT /vsock": {"guest_cid!": range(3, 2**32), "uds_path!": str, "vsock_id": str},
-    "PUT /balloon": {"amount_mib!": int, "deflate_on_oom!": bool, "stats_polling_interval_s": int},
-    "PATCH /balloon": {"amount_mib!": int},
     "PUT /entropy": {"rate_limiter": LIMITER},
     "PUT /actions": {"action_type!": ("FlushMetrics", "InstanceStart", "SendCtrlAltDel")},
     "PATCH /vm": {"state!": ("Paused", "Resumed")},
@@ -68,7 +66,7 @@ def test_all_orders_are_in_the_api() -> None:
     """Each order has the properties that are required, and none that are unknown or of another type."""
     rates = (DiskRate(), DiskRate(5 << 20), DiskRate(5 << 20, 100), DiskRate(operations_per_s=1))
     given = [*orders.boot_orders(Shape(1 << 30, 64), "quiet"), *map(orders.rate_order, rates)]
-    given += [orders.load_order(), orders.save_order(), orders.balloon_order(5 << 20)]
+    given += [orders.load_order(), orders.save_order()]
     given += [orders.state_order("Paused"), orders.state_order("Resumed")]
     for order in given:
         assert faults(order.body, API[of_path(order)]) == [], order

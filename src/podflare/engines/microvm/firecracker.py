@@ -302,10 +302,6 @@ class FirecrackerVm:
     async def resume(self) -> None:
         await self.order(orders.state_order("Resumed"))
 
-    async def set_balloon(self, size_bytes: int) -> None:
-        """Take this much memory from the guest; 0 gives all back.  Raises: MachineFailed."""
-        await self.order(orders.balloon_order(size_bytes))
-
     async def capture(self, to: SavedVm, *, while_paused: Callable[[], Awaitable[None]]) -> float:
         # A caller that gives up must leave neither a VM that stands still nor a thread with a closed descriptor.
         return await to_the_end(self._capture(to, while_paused))

@@ -64,7 +64,6 @@ def boot_orders(shape: Shape, command_line: str) -> tuple[Order, ...]:
         _drive(ROOT, read_only=True),
         _drive(DISK, read_only=False),
         Order("PUT", "/vsock", {"guest_cid": GUEST_CID, "uds_path": VSOCK}),
-        Order("PUT", "/balloon", {"amount_mib": 0, "deflate_on_oom": True}),
         Order("PUT", "/entropy", {}),
         Order("PUT", "/actions", {"action_type": "InstanceStart"}),
     )
@@ -91,11 +90,6 @@ def save_order() -> Order:
 
 def state_order(state: Literal["Paused", "Resumed"]) -> Order:
     return Order("PATCH", "/vm", {"state": state})
-
-
-def balloon_order(size_bytes: int) -> Order:
-    """Take this much memory from the guest, or give it back; a guest that runs out of memory gets it back by itself."""
-    return Order("PATCH", "/balloon", {"amount_mib": size_bytes >> 20})
 
 
 def rate_order(rate: DiskRate) -> Order:

@@ -14,7 +14,7 @@ from podflare.engines.microvm.image import debs, tools
 from podflare.errors import TemplateFailed
 
 MODULES = (
-    "virtio_pci", "virtio_mmio", "virtio_blk", "virtio_console", "virtio_net", "virtio_balloon", "virtio_rng",
+    "virtio_pci", "virtio_mmio", "virtio_blk", "virtio_console", "virtio_net", "virtio_rng",
     "vmw_vsock_virtio_transport", "overlay", "squashfs", "ext4",
 )  # fmt: skip
 """What either hypervisor's devices and the root file system ask for."""
