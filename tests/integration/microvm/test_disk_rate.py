@@ -22,7 +22,7 @@ import os, threading, time
 def write(size, times=1000000):
     file = os.open("/root/written", os.O_CREAT | os.O_WRONLY | os.O_DSYNC)
     block, start, written = os.urandom(size), time.monotonic(), 0
-    while time.monotonic() < start + 0.5 and written < times:
+    while time.monotonic() < start + 0.3 and written < times:
         os.pwrite(file, block, written * size)
         written += 1
     os.close(file)
