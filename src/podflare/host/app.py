@@ -311,6 +311,7 @@ class App:
     async def _exec(self, scope: Scope, receive: Receive, send: Send) -> None:
         sandbox = await self._sandbox(scope)
         request = ExecRequest.from_json(await self._object(scope, receive, "exec request"))
+        await sandbox.settled()
         cell = sandbox.submit(request)
         answer = http.Answer(send, self._config.client_stall_s)
         try:

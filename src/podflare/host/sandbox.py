@@ -73,6 +73,7 @@ class Sandbox:
         self.pace = Pace(config.output_rate_mib << 20)
         self.gone = asyncio.Event()
         self.cause = ""
+        self._ending = asyncio.Event()
         self._machine, self._link, self._outlet = body
         self._seen = EgressLog(False, {})  # in machines that are gone
         self._directory = directory
@@ -100,7 +101,7 @@ class Sandbox:
     # Cells.
 
     def submit(self, request: ExecRequest) -> Cell:
-        """Queue a cell; it runs when all before it are over.
+        """Queue a cell; it runs when all before it are over.  Called right after `settled`.
 
         Raises: SandboxNotFound if the sandbox is ending; QuotaExceeded if too many wait already; TooLarge if the code
             does not fit into a frame.
@@ -143,7 +144,8 @@ class Sandbox:
             self.state = step(self.state, Step.CELL_ENDED)
 
     def _advance(self) -> None:
-        while self._waiting and self._current is None and not self.cause:
+        # Who waits behind a link that is down is told why when the sandbox ends.
+        while self._waiting and self._current is None and not self.cause and not self._link.down:
             first = self._waiting.popleft()
             if isinstance(first, Turn):
                 self._current = first
@@ -241,7 +243,7 @@ class Sandbox:
         """See turns.Queue."""
         self.touch()
         turn = Turn()
-        if self._current is None:
+        if self._current is None and not self._link.down:
             self._current = turn
             turn.granted.set()
         else:
@@ -372,6 +374,7 @@ class Sandbox:
     async def upload(self, path: str, chunks: AsyncIterator[bytes], size: int | None) -> int:
         """Write a file from `chunks`; return its size.  Outside the queue of cells.  Raises: as transfers.upload."""
         limit = self.terms.rootfs_gb << 30
+        await self.settled()
         with self._transferring():
             return await transfers.upload(
                 self._link, path, chunks, size=size, limit=limit, stall_s=self.config.transfer_stall_s
@@ -379,6 +382,7 @@ class Sandbox:
 
     async def download(self, path: str) -> transfers.Download:
         """Open a file for reading; the caller closes it.  Raises: as transfers.Download.open."""
+        await self.settled()
         slot = ExitStack()
         slot.enter_context(self._transferring())
         try:
@@ -408,6 +412,13 @@ class Sandbox:
         if self.cause:
             raise SandboxNotFound(f"sandbox not found: {self.id} is gone: {self.cause}")
         self._active_s = time.monotonic()
+
+    async def settled(self) -> None:
+        """Return when it can be used, or its end has begun: a link that is down waits for the machine to say why."""
+        # While a turn is held the link may be down and come again (`saved`).
+        if self._link.down and not isinstance(self._current, Turn):
+            with anyio.move_on_after(2 * CAUSE_WAIT_S):
+                await self._ending.wait()
 
     def set_lifetimes(self, request: LifetimesRequest) -> None:
         """Replace the lifetimes that the request names.  Raises: SandboxNotFound if the sandbox is ending."""
@@ -483,6 +494,7 @@ class Sandbox:
     def _stop(self, cause: str) -> Turn | None:
         """From now on nobody can use it.  Returns the turn that is held."""
         self.cause = cause
+        self._ending.set()
         self.state = step(self.state, Step.END)
         self._cancel_timers()
         self._ended(self, cause)
@@ -530,7 +542,7 @@ class Sandbox:
     async def _end_after_cause(self, link: GuestLink, cause: str) -> None:
         # _watch_machine ends the sandbox with the real cause if the machine knows one in time.
         with anyio.move_on_after(CAUSE_WAIT_S):
-            await self.gone.wait()
+            await self._ending.wait()
         if link is self._link:
             self.end(f"machine closed: {cause}")
 

@@ -377,6 +377,40 @@ async def test_machine_that_dies_mid_stream_ends_the_stream_properly(scripted, o
         assert (await h.client.delete(f"/v1/sandboxes/{sandbox}")).status_code == 204
 
 
+async def test_what_begins_before_a_machine_says_why_it_died_is_told_the_cause(scripted, monkeypatch):
+    """Between the end of a machine's channel and its cause of death every call waits for the cause, and tells it."""
+    monkeypatch.setattr("podflare.host.sandbox.CAUSE_WAIT_S", STEP_S)
+
+    async def lose(guest: ScriptedGuest) -> None:
+        await guest.ready()
+        await guest.next_message()
+        guest.writer.transport.abort()
+
+    async with scripted(lose) as h:
+        url = f"/v1/sandboxes/{await h.create()}"
+        file = f"{url}/files?path=f"
+        assert "closed its channel" in (await h.client.put(file, content=b"1")).json()["error"]
+        calls = [
+            ("POST", f"{url}/exec", {"json": {"code": "1"}}),
+            ("PUT", file, {"content": b"1"}),
+            ("GET", file, {}),
+            ("POST", f"{url}/fork", {"json": {}}),
+        ]
+        answers = []
+
+        async def call(method: str, address: str, body: dict[str, object]) -> None:
+            answers.append(await h.client.request(method, address, **body))
+
+        async with anyio.create_task_group() as tasks:
+            for one in calls:
+                tasks.start_soon(call, *one)
+            for _ in calls:
+                assert (await h.client.get(url)).status_code == 200
+            h.engine.machines[0].die("the kernel ended it")
+        assert [answer.status_code for answer in answers] == [404] * len(calls)
+        assert all("its machine died: the kernel ended it" in answer.json()["error"] for answer in answers)
+
+
 async def test_guest_that_ignores_interrupt_and_kill_loses_its_machine(scripted):
     """If even the kill brings no exit, the machine is closed and the cell's stream ends with the cause."""
     asked = []
