@@ -18,7 +18,6 @@ from podflare.engines.base import Machine, UplinkEnds
 from podflare.errors import BadRequest, MachineFailed
 from podflare.host import telemetry
 from podflare.host.config import Config
-from podflare.wire import uplink as link
 from podflare.wire.api import CreateRequest
 from podflare.wire.egress import EgressLog, Reach
 from podflare.wire.uplink import Uplink
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from podflare.egress.keeper import GateKeeper
 
 SHUT_TIMEOUT_S = 10.0
-_OURS = frozenset((*link.PROXY_VARIABLES, *link.NO_PROXY_VARIABLES, *link.CA_VARIABLES))
 
 
 @dataclass(frozen=True)
@@ -102,9 +100,6 @@ class Outlets:
             reach = ()
         if reach is False:
             return None
-        taken = sorted(_OURS.intersection(request.secrets))
-        if taken:
-            raise BadRequest(f"a secret cannot be called {taken[0]}: sandboxes with egress need that variable")
         policy = Policy.parse(reach, private=self._config.egress_private)
         secrets = {name: SecretSpec(given.value, given.hosts) for name, given in request.secrets.items()}
         return Grant(reach, policy, secrets)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Dict, Mapping, Optional, Tuple, Union
 
 from podflare.errors import BadRequest
+from podflare.wire.uplink import CA_VARIABLES, NO_PROXY_VARIABLES, PROXY_VARIABLES
 
 Reach = Union[bool, Tuple[str, ...]]
 """False: nothing but the own loopback.  True: every public address.  Else what is named, and nothing else."""
@@ -21,6 +22,12 @@ MAX_SECRETS = 32
 MAX_SECRET_HOSTS = 32
 MAX_SECRET_CHARS = 8192
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}\Z")
+_WAY_OUT = frozenset((*PROXY_VARIABLES, *NO_PROXY_VARIABLES, "ALL_PROXY", "all_proxy", *CA_VARIABLES, "SSL_CERT_DIR"))
+_OWN = frozenset(("HOME", "PATH", "PWD", "SHELL", "USER", "LOGNAME", "LANG", "TERM", "MPLBACKEND"))
+_STARTUP = re.compile(
+    r"(?:LD_\w+|GLIBC_TUNABLES|LC_\w+|PYTHON[A-Z]\w*|BASH_ENV|ENV|IFS|SHELLOPTS|BASHOPTS)\Z", re.ASCII
+)
+"""What the dynamic linker, the C library, the interpreter and the shell obey before a program's first line."""
 
 ALLOWED, REFUSED, FAILED = "allowed", "refused", "failed"
 """Verdicts; what failed was allowed, and the other side could not be reached."""
@@ -59,6 +66,8 @@ def _read_secret(name: str, body: Any) -> SecretGrant:
     what = f"create request: secret {name!r:.140}"
     if not _VARIABLE.match(name):
         raise BadRequest(f"{what}: its name must be that of an environment variable")
+    if why := _why_not(name):
+        raise BadRequest(f"{what}: the variable {name} {why}, and a secret's holds a placeholder; take another name")
     if not isinstance(body, dict):
         raise BadRequest(f"{what} must be an object with 'value' and 'hosts'")
     text, hosts = body.get("value"), body.get("hosts")
@@ -69,6 +78,15 @@ def _read_secret(name: str, body: Any) -> SecretGrant:
     if not all(isinstance(host, str) and 0 < len(host) <= MAX_ALLOWED_CHARS for host in hosts):
         raise BadRequest(f"{what}: 'hosts' must be a list of names such as \"api.example.com\"")
     return SecretGrant(text, tuple(hosts))
+
+
+def _why_not(name: str) -> str:
+    """Why a sandbox cannot have a placeholder in this variable; empty if it can."""
+    if name in _WAY_OUT:
+        return "leads programs to the network"
+    if name in _OWN:
+        return "is set in every sandbox"
+    return "changes how programs start" if _STARTUP.match(name) else ""
 
 
 @dataclass(frozen=True)

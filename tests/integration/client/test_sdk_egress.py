@@ -71,6 +71,18 @@ def test_what_cannot_be_is_refused_in_words(sdk_daemon: ServedDaemon, options: d
     assert VALUE not in str(caught.value)
 
 
+def test_names_that_a_secret_cannot_have(sdk_daemon: ServedDaemon) -> None:
+    """No variable of a sandbox's own, and none that programs obey as they start, can hold a placeholder."""
+    secret = Secret(VALUE, hosts=["a.example"])
+    with Sandbox(host=sdk_daemon.url, secrets={"PYTHON_TOKEN": secret}) as sandbox:
+        own = sandbox.run_code("import os; print(*os.environ)").stdout.split()
+    own.remove("PYTHON_TOKEN")
+    assert {"PATH", "HOME", "HTTP_PROXY", "SSL_CERT_FILE"} <= set(own)
+    for name in (*own, "LD_PRELOAD", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONSTARTUP", "BASH_ENV", "all_proxy"):
+        with pytest.raises(BadRequest, match=f"the variable {name} .*take another name"):
+            Sandbox(host=sdk_daemon.url, secrets={name: secret})
+
+
 def test_the_published_clients_flag(sdk_daemon: ServedDaemon) -> None:
     """`egress=True` gives the one interface and a name server."""
     with Sandbox(host=sdk_daemon.url, egress=True) as sandbox:
