@@ -95,7 +95,7 @@ class Gate:
             elif body["op"] == "journal":
                 journal = self._outlets[body["key"]][0].journal
                 return {"entries": [entry.to_json() for entry in journal.entries()], "dropped": journal.dropped}
-            else:
+            elif body["op"] != "alive":
                 raise KeyError(body["op"])
             return {}
         except (PodflareError, OSError, LookupError, TypeError, ValueError) as error:

@@ -48,6 +48,7 @@ class GateSettings:
         command: what starts the gate; the number of its control descriptor is added.
         answer_timeout_s: a gate that answers no order within it is killed and replaced; holds its imports, on a busy
             machine.
+        look_every_s: so often it is asked whether it answers, for one that hangs while nobody wants anything of it.
     """
 
     private: tuple[Network, ...] = ()
@@ -55,6 +56,7 @@ class GateSettings:
     ca_file: Path | None = None
     command: tuple[str, ...] = (sys.executable, "-m", "podflare.egress.gate")
     answer_timeout_s: float = 20.0
+    look_every_s: float = 10.0
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ class GateKeeper:
         self._number = 0
         self._starting = asyncio.Lock()
         self._reviving: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._deaths = 0
         self._started_at = 0.0
         self._closed = False
@@ -253,9 +256,10 @@ class GateKeeper:
     async def aclose(self) -> None:
         """End the gate and with it every connection.  Idempotent."""
         self._closed = True
-        if self._reviving is not None:
-            self._reviving.cancel()
-            await asyncio.wait([self._reviving])
+        for task in (self._reviving, self._watching):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait([task])
         self._drop_gate()
         for machine in self._machines.values():
             machine.close()
@@ -297,6 +301,8 @@ class GateKeeper:
                 for key, machine in list(self._machines.items()):
                     if machine.fds:
                         await self._attach(key, machine, again=self._deaths > 0)
+                if self._watching is None:
+                    self._watching = loop.create_task(self._watch())
             except BaseException as error:
                 self._drop_gate()
                 self._deaths += 1
@@ -306,6 +312,15 @@ class GateKeeper:
                     ) from error
                 raise
             return True
+
+    async def _watch(self) -> None:
+        """Ask each gate now and then whether it answers; an order that fails has it replaced."""
+        while True:
+            await asyncio.sleep(self._settings.look_every_s)
+            try:
+                await self._order({"op": "alive"})
+            except (ConnectionError, DeadlineExceeded) as error:
+                _log.info("a look at the gate: %s", error)
 
     async def _revive(self) -> None:
         """Start a gate again for machines that have lost theirs, for as long as it takes."""
