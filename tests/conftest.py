@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import os
 import shutil
@@ -240,30 +241,27 @@ def no_leaks(request: pytest.FixtureRequest, private_temp: Path) -> Iterator[Non
 class _Holdings:
     """What this process and its descendants hold of the computer."""
 
-    def __init__(
-        self, processes: dict[int, str], fds: dict[str, str], mounts: set[str], groups: set[str], files: set[str]
-    ):
+    def __init__(self, processes: set[int], fds: dict[str, str], mounts: set[str], groups: set[str], files: set[str]):
         self.processes, self.fds, self.mounts, self.groups, self.files = processes, fds, mounts, groups, files
 
     @classmethod
     def now(cls, temp: Path) -> _Holdings:
-        processes = _descendants()
         return cls(
-            processes,
+            _descendants(),
             _open_files(),
             _mounts(temp),
-            _groups(processes),
+            _groups(),
             {entry.name for entry in temp.iterdir() if not entry.name.startswith("pytest-")},
         )
 
     def beyond(self, before: _Holdings) -> list[str]:
         """What is held now and was not held `before`, in words."""
-        left = [f"process {pid} ({name})" for pid, name in self.processes.items() if pid not in before.processes]
+        left = [f"process {pid} ({_name(pid)})" for pid in self.processes - before.processes]
         # Libraries keep some descriptors for life (event loops of runners, a random source): a few may stay.
         grown = [f"{target}" for fd, target in self.fds.items() if fd not in before.fds and _is_ours(target)]
         left += [f"descriptor of {target}" for target in grown]
         left += [f"mount on {path}" for path in self.mounts - before.mounts]
-        left += [f"control group {name}" for name in self.groups - before.groups]
+        left += [f"control group {path}" for path in self.groups - before.groups if _may_be_ours(path, self.processes)]
         left += [f"file {name}" for name in self.files - before.files]
         return left
 
@@ -289,24 +287,31 @@ def _mounts(temp: Path) -> set[str]:
     return {point for point in points if not point.startswith(f"{temp.parent}/") or point.startswith(f"{temp}/")}
 
 
-def _descendants() -> dict[int, str]:
-    """pid -> name of every living or unreaped process below this one."""
-    parents: dict[int, tuple[int, str]] = {}
-    for name in os.listdir("/proc"):
-        if not name.isdigit():
-            continue
-        try:
-            text = Path(f"/proc/{name}/stat").read_text()
-        except OSError:
-            continue
-        comm, _, rest = text.rpartition(")")
-        parents[int(name)] = (int(rest.split()[1]), comm.partition("(")[2])
-    found: dict[int, str] = {}
+def _descendants() -> set[int]:
+    """Every living or unreaped process below this one."""
+    found: set[int] = set()
     wave = {os.getpid()}
     while wave:
-        wave = {pid for pid, (parent, _) in parents.items() if parent in wave and pid not in found}
-        found.update({pid: parents[pid][1] for pid in wave})
+        wave = {child for pid in wave for child in _children(pid)}
+        found |= wave
     return found
+
+
+def _children(pid: int) -> set[int]:
+    # Of each thread; a look at all processes of the computer, around each test, would be a tenth of the suite's time.
+    found: set[int] = set()
+    with contextlib.suppress(OSError):  # it ended
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{thread}/children") as file:
+                found.update(map(int, file.read().split()))
+    return found
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().rstrip("\n")
+    except OSError:
+        return "ended just now"
 
 
 def _groups_of_others(temp: Path, groups: set[str]) -> set[str]:
@@ -340,22 +345,34 @@ def _daemons_elsewhere(temp: Path) -> set[str]:
     return names
 
 
-def _groups(processes: dict[int, str]) -> set[str]:
-    """Control groups of ours that are empty or hold our descendants; those of other daemons or users do not count."""
+def _groups() -> set[str]:
+    """The control groups of all machines, also those of other test processes and of daemons elsewhere."""
     found: set[str] = set()
     for _, place in _group_places():
-        # Not Path.glob: groups of other daemons come and go meanwhile, which this does not mind.
-        for path in glob.glob(f"{place}/podflare-*/*/"):
-            try:
-                mine = os.stat(path).st_uid == os.geteuid()
-                pids = {int(pid) for pid in Path(path, "cgroup.procs").read_text().split()}
-            except OSError:
-                continue
-            if mine and not pids - set(processes):
-                found.add(path.rstrip("/"))
+        for daemon in _folders(place):
+            if daemon.name.startswith("podflare-"):
+                found.update(entry.path for entry in _folders(daemon.path))
     return found
 
 
+def _folders(path: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(path) as entries:
+            return [entry for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except OSError:  # it went meanwhile, with its daemon
+        return []
+
+
+def _may_be_ours(path: str, processes: set[int]) -> bool:
+    """Whether a group is empty or holds our descendants; those of other daemons or users do not count."""
+    try:
+        pids = set(map(int, Path(path, "cgroup.procs").read_text().split()))
+        return os.stat(path).st_uid == os.geteuid() and pids <= processes
+    except OSError:
+        return False
+
+
+@functools.cache
 def _group_places() -> list[tuple[str, str]]:
     """Where daemons that tests start make their groups: mount point, and there the group of this process or the top."""
     own: dict[str, str] = {}
