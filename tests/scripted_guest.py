@@ -128,6 +128,7 @@ class ScriptedEngine:
     how = ""
     capabilities: Mapping[Capability, str] = {}
     pool_size = 4
+    expected_memory_bytes = 32 << 20
     rehearsal = ""
 
     def __init__(self, tasks: TaskGroup, script: Script) -> None:

@@ -318,6 +318,8 @@ class Engine(Protocol):
     """What it can, in words for users; what is missing here is refused with NotBuilt (or EgressUnavailable)."""
     pool_size: int
     """Warm machines that a daemon keeps if nobody says how many: a burst of creates, for what one waiting costs."""
+    expected_memory_bytes: int
+    """What a new machine, or a fork, may be expected to use: idle, and after a few imports.  So much has to be free."""
     rehearsal: str
     """A cell that the pool runs in each warm machine, where a machine's first one is slow; empty: none."""
 

@@ -118,6 +118,7 @@ class FakeEngine:
     how = ""
     capabilities: Mapping[Capability, str] = {"snapshot": "the files of its home"}
     pool_size = 4
+    expected_memory_bytes = 32 << 20
     rehearsal = ""
     templates: tuple[str, ...] = ("default",)
 

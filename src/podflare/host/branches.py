@@ -42,10 +42,10 @@ class Branches:
         self,
         registry: Registry,
         *,
-        starting: Callable[[str, int], AbstractContextManager[None]],
+        starting: Callable[[str, str, int], AbstractContextManager[None]],
         add: Callable[[str, Terms, Lineage, Body], Sandbox],
     ) -> None:
-        """`starting(owner, n)` is room for n new sandboxes within its block; `add` gives a machine an id."""
+        """`starting(owner, engine, n)` is room for n new sandboxes within its block; `add` gives a machine an id."""
         self._registry = registry
         self._starting = starting
         self._add = add
@@ -59,7 +59,7 @@ class Branches:
         """
         start = time.monotonic()
         parent = await self._registry.get(sandbox_id, owner)
-        with self._starting(owner, request.n):
+        with self._starting(owner, parent.terms.engine, request.n):
             async with exclusive(parent, wait_s=request.timeout_seconds, what="not forked"):
                 turn = time.monotonic()
                 left_s = max(LEAST_S, request.timeout_seconds - (turn - start))

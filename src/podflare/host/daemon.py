@@ -11,7 +11,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -100,6 +100,8 @@ class Daemon:
         self._tasks: TaskGroup | None = None
         self._starting: Counter[str] = Counter()
         """By owner: sandboxes that are being made."""
+        self._starting_bytes = 0
+        """What those may be expected to use."""
         self._none_starting = anyio.Event()
         self._closing = False
         self._outlets = Outlets(config)
@@ -169,8 +171,15 @@ class Daemon:
     async def _create(self, request: CreateRequest, owner: str) -> Sandbox:
         start = time.monotonic()
         self._admit(request)
-        with self._start(owner, 1):
-            made = await (self._made(request, owner) if request.snapshot is None else self._restored(request, owner))
+        with ExitStack() as held:
+            if request.snapshot is None:
+                engine = await self.engines.get(request.engine)
+                held.enter_context(self._start(owner, engine.name, 1))
+                made = await self._made(request, owner, engine)
+            else:
+                origin = held.enter_context(await self.snapshots.begin(request.snapshot, owner))
+                held.enter_context(self._start(owner, origin.engine.name, 1))
+                made = await self._restored(request, owner, origin)
             body = Body(made.warm.machine, made.warm.link, made.outlet)
             if self._closing:
                 await body.aclose()
@@ -185,26 +194,23 @@ class Daemon:
         )
         return sandbox
 
-    async def _made(self, request: CreateRequest, owner: str) -> _Made:
+    async def _made(self, request: CreateRequest, owner: str, engine: Engine) -> _Made:
         reach = self._outlets.grant(request)
-        engine = await self.engines.get(request.engine)
         self.engines.check_template(engine, request.template)
         granted, notes = self._grant(request, owner, limits_of(engine.describe(request.template)))
         warm, outlet = await self._machine(granted, engine, reach)
         return _Made(engine, granted, warm, outlet, (*notes, *_warnings(request, warm)))
 
-    async def _restored(self, request: CreateRequest, owner: str) -> _Made:
-        """Raises: SnapshotNotFound; BadRequest for another engine; QuotaExceeded; as Engine.restore."""
-        assert request.snapshot is not None
-        with await self.snapshots.begin(request.snapshot, owner) as origin:
-            engine = origin.engine
-            if request.engine not in (None, engine.name):
-                raise BadRequest(f"the snapshot {request.snapshot!r} is of the engine {engine.name}")
-            self._check_caps(origin, owner)
-            asked = replace(request, template=origin.kept.spec.template)
-            granted, notes = self._grant(asked, owner, origin.kept.spec.limits)
-            machine = await engine.restore(origin.kept.name, timeout_s=self.config.create_timeout_s)
-            warm = await greet(machine, pooled=False)
+    async def _restored(self, request: CreateRequest, owner: str, origin: Origin) -> _Made:
+        """Raises: BadRequest for another engine; QuotaExceeded; as Engine.restore."""
+        engine = origin.engine
+        if request.engine not in (None, engine.name):
+            raise BadRequest(f"the snapshot {request.snapshot!r} is of the engine {engine.name}")
+        self._check_caps(origin, owner)
+        asked = replace(request, template=origin.kept.spec.template)
+        granted, notes = self._grant(asked, owner, origin.kept.spec.limits)
+        machine = await engine.restore(origin.kept.name, timeout_s=self.config.create_timeout_s)
+        warm = await greet(machine, pooled=False)
         if self.config.egress is not False and request.egress is None:
             notes = (*notes, "egress is not given: a sandbox that goes on from a snapshot has no network")
         return _Made(engine, granted, warm, None, notes, origin.lineage)
@@ -227,8 +233,8 @@ class Daemon:
         self.engines.check(request.engine)
 
     @contextmanager
-    def _start(self, owner: str, count: int) -> Iterator[None]:
-        """Room for `count` sandboxes that are made within the block.  Raises: NoCapacity, QuotaExceeded."""
+    def _start(self, owner: str, engine: str, count: int) -> Iterator[None]:
+        """Room for `count` sandboxes of an engine, made within the block.  Raises: NoCapacity, QuotaExceeded."""
         if self._closing:
             raise NoCapacity(SHUT_DOWN)
         more = "" if count == 1 else f", and {count} more are asked for"
@@ -242,12 +248,15 @@ class Daemon:
         if len(self.registry) + starting + count > self.config.max_sandboxes:
             limit = str(self.config.max_sandboxes)
             raise NoCapacity(f"this daemon runs {len(self.registry)} sandboxes, its limit: {limit}{more}")
-        self._headroom.admit(starting + count)
+        each_bytes = self.engines.running(engine).expected_memory_bytes
+        self._headroom.admit(count, each_bytes, starting_bytes=self._starting_bytes)
         self._starting[owner] += count
+        self._starting_bytes += count * each_bytes
         try:
             yield
         finally:
             self._starting[owner] -= count
+            self._starting_bytes -= count * each_bytes
             if not self._starting[owner]:
                 del self._starting[owner]
             if self._closing and not self._starting:

@@ -37,6 +37,10 @@ class Engines:
         """The default first."""
         return tuple(self._engines.values())
 
+    def running(self, name: str) -> Engine:
+        """One that was started."""
+        return self._engines[name]
+
     def check(self, name: str | None) -> str:
         """The name that is meant.  Raises: BadRequest, with what there is, if it is not offered."""
         if name is None:

@@ -1,7 +1,8 @@
 """What the machine has left, and whether that admits more sandboxes.
 
 Counted is what is used now, not what sandboxes may use: most of them are idle, and 500 of 1 GiB fit into 6.
-A floor for each new one is asked for, and a reserve stays free for the growth of those that run and for the machine.
+For each new one is asked what its engine says, and a reserve stays free for the growth of those that run and for the
+machine.
 Limits hold later: memory by each sandbox's own, and the kernel takes sandboxes before the daemon.
 """
 
@@ -14,8 +15,6 @@ from pathlib import Path
 from podflare.errors import NoCapacity
 
 MIB = 1024 * 1024
-NEW_SANDBOX_BYTES = 32 * MIB
-"""What one more sandbox may be expected to use: an idle one has 10 MB, a few imports triple that."""
 RESERVE_SHARE = 20
 """A twentieth is kept free, but not more than these."""
 MOST_MEMORY_RESERVE = 2048 * MIB
@@ -52,18 +51,22 @@ class Headroom:
         self._proc = proc
         self._groups = memory_groups(proc)
 
-    def admit(self, count: int) -> None:
-        """Check that `count` more sandboxes, those under way included, fit.
+    def admit(self, count: int, each_bytes: int, *, starting_bytes: int = 0) -> None:
+        """Check that `count` more sandboxes fit.
 
+        Args:
+            each_bytes: what one of them may be expected to use (Engine.expected_memory_bytes).
+            starting_bytes: the same, of those that are being made, in sum.
         Raises: NoCapacity that says what is short, how much of it is left and which setting decides.
         """
         what = "1 more sandbox" if count == 1 else f"{count} more sandboxes"
         memory = self.memory()
         reserve = self._reserve(self._memory_reserve, memory, MOST_MEMORY_RESERVE)
-        if reserve and memory is not None and memory.left - reserve < count * NEW_SANDBOX_BYTES:
+        if reserve and memory is not None and memory.left - reserve < starting_bytes + count * each_bytes:
+            others = f", {starting_bytes // MIB} are for those that are starting" if starting_bytes else ""
             raise NoCapacity(
                 f"no memory for {what}: {memory.left // MIB} MiB are left here, {reserve // MIB} are kept free "
-                f"(PODFLARE_MEMORY_RESERVE_MIB) and each needs {NEW_SANDBOX_BYTES // MIB}; close some, or try later"
+                f"(PODFLARE_MEMORY_RESERVE_MIB){others} and each needs {each_bytes // MIB}; close some, or try later"
             )
         disk, files = self.disk()
         reserve = self._reserve(self._disk_reserve, disk, MOST_DISK_RESERVE)

@@ -416,13 +416,13 @@ WRONG_QUERIES = ["paths=root", "paths=", "paths=/a%00b", "paths=/" + "x" * 5000,
 WRONG_QUERIES += ["&".join(["paths=/x"] * 65), "&".join(["a=b"] * 200)]
 
 
-@pytest.mark.parametrize("query", WRONG_QUERIES, ids=range(len(WRONG_QUERIES)))
-async def test_wrong_diff_queries_are_400(walled, query):
+async def test_wrong_diff_queries_are_400(walled):
     """Relative, empty and endless paths, too many of them, and odd flags are refused with what is wrong."""
     async with walled() as h:
         one = await h.create()
-        answer = await h.client.get(f"/v1/sandboxes/{one}/diff/{one}?{query}")
-        assert (answer.status_code, answer.json()["code"]) == (400, "bad_request")
+        for query in WRONG_QUERIES:
+            answer = await h.client.get(f"/v1/sandboxes/{one}/diff/{one}?{query}")
+            assert (answer.status_code, answer.json()["code"]) == (400, "bad_request"), query[:80]
 
 
 async def test_diff_with_a_gone_sandbox_says_so(walled):

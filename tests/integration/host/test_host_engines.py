@@ -84,6 +84,16 @@ async def test_limits_count_sandboxes_of_all_engines(data_dir):
             assert (await refused(h, engine=engine))[0] == 503
 
 
+async def test_each_engine_says_what_its_machines_need(data_dir):
+    """A computer with too little memory for one engine's machines may have enough for another's."""
+    large = other()
+    large.expected_memory_bytes = 1 << 60
+    async with running(data_dir, FakeEngine(), large) as h:
+        status, error = await refused(h, engine="other")
+        assert status == 503 and f"each needs {1 << 40}" in error
+        assert text(await h.exec(await h.create(), "print(1)")) == "1"
+
+
 async def test_an_engine_on_request(data_dir):
     """Such an engine is started by the first create that names it, once; one that fails may be asked for again."""
     started = []

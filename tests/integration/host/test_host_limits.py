@@ -79,9 +79,11 @@ async def test_creates_at_the_same_time_do_not_pass_the_number(scripted):
 async def test_a_machine_that_is_full_admits_none(scripted, short):
     """What was granted does not count, what is left does: below the reserve a create is 503 and says why."""
     async with scripted(echo) as h:
-        await h.create(ram_mib=1 << 20)
+        sandbox = await h.create(ram_mib=1 << 20)
         told = (await h.client.get("/v1/capacity")).json()
         assert 0 < told[f"{short}_reserve_bytes"] < told[f"{short}_left_bytes"]
+        h.engine.expected_memory_bytes = 1 << 60
+        assert (await h.client.post(f"/v1/sandboxes/{sandbox}/fork", json={"n": 2})).json()["code"] == "no_capacity"
     async with scripted(echo, **{f"{short}_reserve_mib": 1 << 40}) as h:
         refused = await h.client.post("/v1/sandboxes")
         assert (refused.status_code, refused.json()["code"]) == (503, "no_capacity")

@@ -9,6 +9,8 @@ import pytest
 from podflare.errors import NoCapacity
 from podflare.host.headroom import MIB, Headroom, MemoryGroup, memory_groups
 
+EACH = 32 * MIB
+
 
 def fake_proc(folder: Path, *, available_mib: int, mounts: str = "", cgroup: str = "") -> Path:
     proc = folder / "proc"
@@ -20,21 +22,25 @@ def fake_proc(folder: Path, *, available_mib: int, mounts: str = "", cgroup: str
 
 
 def test_memory_in_use_decides_not_what_was_granted(tmp_path):
-    """A twentieth stays free, and each new sandbox needs 32 MiB above that; the refusal says the figures."""
+    """A twentieth stays free, and each new sandbox needs its engine's sum above that; the refusal says the figures."""
     headroom = Headroom(tmp_path, disk_reserve=0, proc=fake_proc(tmp_path, available_mib=50 + 3 * 32))
-    headroom.admit(3)
+    headroom.admit(3, EACH)
     with pytest.raises(NoCapacity, match=r"no memory for 4 more sandboxes: 146 MiB are left here, 50 are kept free"):
-        headroom.admit(4)
-    Headroom(tmp_path, memory_reserve=0, disk_reserve=0, proc=tmp_path / "proc").admit(1000)
+        headroom.admit(4, EACH)
+    headroom.admit(1, 96 * MIB)
+    headroom.admit(1, 64 * MIB, starting_bytes=EACH)
+    with pytest.raises(NoCapacity, match=r", 40 are for those that are starting and each needs 64"):
+        headroom.admit(1, 64 * MIB, starting_bytes=40 * MIB)
+    Headroom(tmp_path, memory_reserve=0, disk_reserve=0, proc=tmp_path / "proc").admit(1000, EACH)
     with pytest.raises(NoCapacity, match="PODFLARE_MEMORY_RESERVE_MIB"):
-        Headroom(tmp_path, memory_reserve=200 * MIB, disk_reserve=0, proc=tmp_path / "proc").admit(1)
+        Headroom(tmp_path, memory_reserve=200 * MIB, disk_reserve=0, proc=tmp_path / "proc").admit(1, EACH)
 
 
 def test_a_full_disk_admits_none(tmp_path):
     """Below its reserve of disk a machine takes no sandbox, nor a snapshot that would go below it, and says so."""
     proc = fake_proc(tmp_path, available_mib=900)
     with pytest.raises(NoCapacity, match=r"no disk for 1 more sandbox: \d+ MiB are left .*PODFLARE_DISK_RESERVE_MIB"):
-        Headroom(tmp_path, disk_reserve=1 << 60, proc=proc).admit(1)
+        Headroom(tmp_path, disk_reserve=1 << 60, proc=proc).admit(1, EACH)
     headroom = Headroom(tmp_path, disk_reserve=MIB, proc=proc)
     headroom.admit_snapshot(1)
     with pytest.raises(NoCapacity, match=r"no disk for a snapshot of about 1099511627776 MiB: \d+ MiB are left"):
@@ -63,9 +69,9 @@ def test_limits_of_control_groups_count(tmp_path, version):
     assert MemoryGroup(inner, version).memory() is None
     headroom = Headroom(tmp_path, disk_reserve=0, proc=proc)
     assert headroom.describe()["memory_left_bytes"] == 70 * MIB
-    headroom.admit(1)
+    headroom.admit(1, EACH)
     with pytest.raises(NoCapacity, match="70 MiB are left here, 15 are kept free"):
-        headroom.admit(2)
+        headroom.admit(2, EACH)
 
 
 def test_in_a_container_the_mount_is_the_group(tmp_path):
@@ -83,4 +89,4 @@ def test_what_the_kernel_does_not_tell_admits(tmp_path):
     """Without the kernel's figures nothing is refused for memory."""
     headroom = Headroom(tmp_path, disk_reserve=0, proc=tmp_path / "nothing")
     assert headroom.memory() is None
-    headroom.admit(10_000)
+    headroom.admit(10_000, EACH)

@@ -87,6 +87,8 @@ class MicrovmEngine:
     }
     pool_size = 2
     """About 50 MB each, and where instructions are translated a third of a second of a processor to make one anew."""
+    expected_memory_bytes = 80 << 20
+    """An idle one has 45 MB of its own, a few imports double that."""
     rehearsal = "print()"
     """Touches a cell's pages, and has its code translated: else a user's first one can take a fifth of a second."""
 

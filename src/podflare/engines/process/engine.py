@@ -73,6 +73,8 @@ class ProcessEngine:
     }
     pool_size = 4
     """About 15 MB each."""
+    expected_memory_bytes = 32 << 20
+    """An idle one has 10 MB, a few imports triple that."""
     rehearsal = ""
 
     def __init__(self, options: EngineOptions) -> None:
