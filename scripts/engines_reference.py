@@ -8,7 +8,7 @@ from typing import get_args
 
 from podflare.engines.base import Behaviour, Capability, Wall
 from podflare.engines.microvm.birth import INHERENT_WALLS
-from podflare.engines.microvm.confinement import ALWAYS, AS_ROOT
+from podflare.engines.microvm.confinement import ALWAYS, AS_ROOT, ENTERED
 from podflare.engines.microvm.engine import MicrovmEngine
 from podflare.engines.process.engine import ProcessEngine
 from podflare.engines.process.probe import FOREIGN
@@ -79,6 +79,8 @@ def _of_microvm(wall: Wall) -> str:
         return "the machine's own"
     if wall in ALWAYS:
         return "around the hypervisor"
+    if wall in ENTERED:
+        return "around the hypervisor, as root; else where Firecracker has a network"
     if wall in AS_ROOT:
         return "around the hypervisor, as root"
     return "control group" if wall == "cpu_limit" else "no need: it has a kernel of its own"

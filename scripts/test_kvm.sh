@@ -5,7 +5,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 python=.venv/bin/python
 export PYTHONPATH=$PWD/src
-# Firecracker's machines have no network; the rest is said by pytest itself (-rs).
+# What is skipped pytest itself says (-rs).
 run() { echo "== $1"; shift; timeout 3600 "$python" -m pytest -m "not soak" -rs "$@"; }
 
 problem=$("$python" -c 'from podflare.engines.microvm import accelerator; print(accelerator.problem_with_kvm())') || exit 1

@@ -18,11 +18,12 @@ from typing import Any
 import pytest
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
+import daemons
 import firecrackers
+import tapping
 import vms
 from machines import LIMITS, DrivenMachine
 from podflare.engines.base import Engine, EngineOptions, Limits
-from podflare.engines.microvm.firecracker import Firecracker
 from podflare.engines.microvm.image.store import Image, ImageStore
 from podflare.engines.process.engine import ProcessEngine
 from podflare.wire.uplink import Uplink
@@ -84,13 +85,16 @@ def portal() -> Iterator[BlockingPortal]:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """What `make test-microvm` and `make test-kvm` choose by."""
     parser.addoption("--microvm", action="store_true", help="only what virtual machines run in, and all that could be")
-    parser.addoption("--vmm", choices=("qemu", "firecracker", "cut"), default="qemu", help="what runs virtual machines")
+    vmms = ("qemu", "firecracker", "cut", "tap")
+    parser.addoption("--vmm", choices=vmms, default="qemu", help="what runs virtual machines")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Engines in tests, and daemons that tests start, take the VMM of --vmm."""
     vms.vmm = config.getoption("--vmm")
-    vms.settings["PODFLARE_VMM"] = "qemu" if vms.vmm == "cut" else vms.vmm
+    vms.settings["PODFLARE_VMM"] = "firecracker" if vms.vmm == "firecracker" else "qemu"
+    if vms.vmm == "tap":
+        daemons.program = tapping.PROGRAM
     if vms.vmm == "firecracker":
         try:
             vms.settings["PODFLARE_FIRECRACKER"] = firecrackers.find()
@@ -126,11 +130,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         carried = getattr(item, "callspec", None) is not None and item.callspec.params.get("way") == "carried"  # type: ignore[attr-defined]  # of test functions
         if (config.getoption("--microvm") and not on_microvm) or (on_microvm and carried):
             out.append(item)
-    if vms.vmm == "firecracker":
-        no_network = pytest.mark.skip(reason=Firecracker.no_network)
-        for item in items:
-            if item.path.name in vms.NETWORKED:
-                item.add_marker(no_network)
     if out:
         config.hook.pytest_deselected(items=out)
         items[:] = [item for item in items if item not in set(out)]
@@ -267,7 +266,8 @@ class _Holdings:
 
 
 def _is_ours(target: str) -> bool:
-    return target.startswith(("socket:", "pipe:", "anon_inode:[pidfd", "/tmp", "/memfd")) or "podflare" in target
+    kinds = ("socket:", "pipe:", "anon_inode:[pidfd", "net:", "user:", "/dev/net", "/tmp", "/memfd")
+    return target.startswith(kinds) or "podflare" in target
 
 
 def _open_files() -> dict[str, str]:

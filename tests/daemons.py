@@ -18,6 +18,8 @@ from podflare import Sandbox, close_default_client
 
 START_S = 40.0
 STOP_S = 20.0
+program: Sequence[str] = ("-m", "podflare")
+"""What Python is started with; set by pytest's option --vmm."""
 
 
 @dataclass
@@ -35,16 +37,18 @@ def served(
     env: Mapping[str, str] | None = None,
     gate: bool = False,
     enter: Sequence[str] = (),
+    other: Sequence[str] = (),
 ) -> Iterator[ServedDaemon]:
     """Serve on a free port of loopback, or where `words`, further options, say; what it keeps is under `folder`.
 
     Args:
         gate: start the process for egress, too, which then lives as long as the daemon.
         enter: words before the command that lead into another network: then it serves on a Unix socket.
+        other: in the place of `program`.
     Without a pool: what is refilled after a test would look like a leak of that test.
     """
     where = ["--uds", f"{folder}/s"] if enter else [] if "--uds" in words else ["--host", "127.0.0.1", "--port", "0"]
-    command = [*enter, sys.executable, "-m", "podflare", "serve", *where, "--announce"]
+    command = [*enter, sys.executable, *(other or program), "serve", *where, "--announce"]
     command += ["--data-dir", f"{folder}/d", "--pool-size", "0", *words]
     descriptor, name = tempfile.mkstemp(prefix="log", dir=folder)
     log = Path(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,11 +56,18 @@ def networked(request: pytest.FixtureRequest, engine_name: str, private_temp: Pa
 
 
 @contextmanager
-def serving(world: worlds.World, folder: Path, images: Path | None = None) -> Iterator[Networked]:
-    """A daemon in the middle of the world.  Args: images: those of the virtual machines that it makes."""
+def serving(
+    world: worlds.World, folder: Path, images: Path | None = None, program: Sequence[str] = ()
+) -> Iterator[Networked]:
+    """A daemon in the middle of the world.
+
+    Args:
+        images: those of the virtual machines that it makes.
+        program: for daemons.served.
+    """
     env = {"PODFLARE_EGRESS_CA": str(world.ca_file), "PODFLARE_EGRESS_PRIVATE": "10.77.0.0/16"}
     words = ("--engine", "microvm", "--image-dir", str(images)) if images is not None else ()
-    with served(folder, *words, env=env, gate=images is None, enter=world.enter) as daemon:
+    with served(folder, *words, env=env, gate=images is None, enter=world.enter, other=program) as daemon:
         yield Networked(world, daemon, folder)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import cutting
+import tapping
 from machines import LIMITS
 from podflare import Sandbox
 from podflare.engines.base import Engine, EngineOptions, MachineSpec
@@ -28,11 +29,9 @@ PROGRAMS = ("qemu-system-x86_64", "mkfs.ext4")
 
 
 vmm = "qemu"
-"""Set by pytest's option --vmm: qemu, firecracker (make test-kvm), or cut (cutting.py)."""
+"""Set by pytest's option --vmm: qemu, firecracker (make test-kvm), cut (cutting.py) or tap (tapping.py)."""
 settings: dict[str, str] = {}
 """The same for daemons that tests start."""
-NETWORKED = ("test_egress.py", "test_vm_network.py")
-"""Tests of what only VMMs with a network can do."""
 MARKS = (pytest.mark.timeout(400), pytest.mark.microvm)
 """Of tests in which virtual machines run: the first one waits for the image and its first boot."""
 
@@ -72,7 +71,7 @@ def engine_of(options: EngineOptions, store: ImageStore | None = None) -> Microv
     if store is not None:
         options = replace(options, image_dir=str(store.root))
     options = replace(options, vmm=settings["PODFLARE_VMM"], firecracker=settings.get("PODFLARE_FIRECRACKER", ""))
-    return MicrovmEngine(options, cutting.find if vmm == "cut" else None)
+    return MicrovmEngine(options, {"cut": cutting.find, "tap": tapping.find}.get(vmm))
 
 
 async def started_engine(options: EngineOptions, store: ImageStore) -> MicrovmEngine:

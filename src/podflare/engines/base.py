@@ -216,8 +216,9 @@ class UplinkEnds:
     listener: int
     """Listening TCP socket in the machine's network namespace, on the machine's address and a port of its own."""
     frames: int | None = None
-    """Of a machine with a kernel of its own: a SOCK_SEQPACKET socket, each packet of which is an Ethernet frame that
-    its interface sends or receives.  Then `packets` leads to a namespace with nothing but the listener in it."""
+    """Of a machine with a kernel of its own: each read is an Ethernet frame that its interface sends, each write one
+    that it receives.  A SOCK_SEQPACKET socket; or an AF_PACKET one, at which frames are lost that nobody reads.  Then
+    `packets` leads to a namespace with nothing but the listener in it."""
 
 
 class Machine(Protocol):

@@ -3,7 +3,7 @@
 Modes: `agent FD [LINE]` serves a host over the inherited socket FD as an ordinary process, without any isolation, LINE
 being a socket to its supervisor (guest.supervision);
 `zygote ...` is the process engine's (guest.process.zygote); `vm` is process 1 of a virtual machine (guest.vm.init);
-`landing FD` is the host's part of a virtual machine's network (guest.landing).
+`landing FD` and `tap FD NAME OWNER` are the host's part of a virtual machine's network (guest.landing, guest.tap).
 """
 
 from __future__ import annotations
@@ -36,7 +36,13 @@ def main(argv: List[str]) -> NoReturn:
         from podflare.guest import landing  # each mode pays for its own imports only
 
         landing.main(int(argv[1]))
-    sys.stderr.write("usage: python -I -S BUNDLE (agent FD [LINE] | zygote ... | vm | landing FD)\n")
+    if len(argv) == 4 and argv[0] == "tap" and argv[1].isdigit() and argv[3].isdigit():
+        from podflare.guest import tap  # each mode pays for its own imports only
+
+        tap.main(int(argv[1]), argv[2], int(argv[3]))
+    sys.stderr.write(
+        "usage: python -I -S BUNDLE (agent FD [LINE] | zygote ... | vm | landing FD | tap FD NAME OWNER)\n"
+    )
     sys.exit(2)
 
 

@@ -1,16 +1,17 @@
 """Promise: a virtual machine's kernel may send what it likes: it gets what its policy allows, and hurts itself alone.
 
-No virtual machine runs here: the tests play its kernel, at the socket that QEMU would have.
+No virtual machine runs here: the tests play its kernel, at the socket that QEMU would have, or at the tap that
+Firecracker would.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import select
 import socket
 import struct
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,14 +25,18 @@ from podflare.egress import ethernet, packets
 from podflare.egress.addresses import CALLER, GATE, MACHINE
 from podflare.egress.keeper import GateKeeper
 from podflare.egress.policy import Policy
-from podflare.engines.microvm.landing import Landing, make_bundle
+from podflare.engines.microvm.landing import Landing
+from podflare.engines.microvm.outpost import Outpost
+from podflare.engines.microvm.tap import Tap
 from podflare.errors import EgressUnavailable
 from podflare.wire.egress import EgressEntry
+from taps import TapEnd
 
 WAIT_S = 20.0
 WEB = int.from_bytes(socket.inet_aton(worlds.WEB), "big")
 US, CALLED, GATEWAY = int(MACHINE), int(CALLER), int(GATE)
 SYN, ACK, RST, PUSH = packets.SYN, packets.ACK, packets.RST, 8
+LINK_LOCAL, ALL_NODES = b"\xfe\x80" + bytes(6), b"\xff\2" + bytes(13) + b"\1"
 FROM_MACHINE = ethernet.TO_MACHINE[6:12] + ethernet.TO_MACHINE[:6]
 
 
@@ -68,11 +73,20 @@ class Segment:
 class PlayedVm:
     """The kernel of a virtual machine and the way out that its engine would give it."""
 
-    def __init__(self, portal: BlockingPortal, keeper: GateKeeper, bundle: Path, key: str) -> None:
+    frames: socket.socket | TapEnd
+    """The machine's end."""
+    theirs: socket.socket
+
+    def __init__(self, portal: BlockingPortal, keeper: GateKeeper, key: str, wire: str) -> None:
         self._portal, self._keeper, self.key = portal, keeper, key
-        self.frames, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        if wire == "tap":
+            with contextlib.closing(Tap(None)) as tap:
+                self.theirs = portal.call(tap.frames)
+                self.frames = TapEnd(portal.call(tap.entrance))
+        else:
+            self.frames, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         self.frames.settimeout(WAIT_S)
-        self._landing = Landing(bundle)
+        self._landing = Landing()
         self._done: set[int] = set()
         self.tun, self.listener = portal.call(self._landing.ends)
 
@@ -133,21 +147,23 @@ class PlayedVm:
         self.theirs.close()
 
 
-@pytest.fixture(scope="module")
-def bundle(private_temp: Path) -> Path:
-    """The code of landings."""
-    folder = Path(tempfile.mkdtemp(prefix="b", dir=private_temp))
-    folder.chmod(0o755)
-    return make_bundle(folder)
+@pytest.fixture
+def wire() -> str:
+    """What the machines of a test are on: "socket" or "tap"."""
+    return "socket"
+
+
+on_both = pytest.mark.parametrize("wire", ["socket", "tap"])
+on_tap = pytest.mark.parametrize("wire", ["tap"])
 
 
 @pytest.fixture
-def played(portal: BlockingPortal, keeper: GateKeeper, bundle: Path) -> Iterator[Callable[..., PlayedVm]]:
+def played(portal: BlockingPortal, keeper: GateKeeper, wire: str) -> Iterator[Callable[..., PlayedVm]]:
     """Makes machines, attached if `egress` is given; all are closed at the end of the test."""
     made: list[PlayedVm] = []
 
     def make(egress: bool | list[str] | None = None) -> PlayedVm:
-        made.append(PlayedVm(portal, keeper, bundle, f"played_{len(made)}"))
+        made.append(PlayedVm(portal, keeper, f"played_{len(made)}", wire))
         if egress is not None:
             made[-1].attach(egress)
         return made[-1]
@@ -157,6 +173,7 @@ def played(portal: BlockingPortal, keeper: GateKeeper, bundle: Path) -> Iterator
         one.close()
 
 
+@on_both
 def test_a_machine_of_frames_reaches_what_it_may(played: Callable[..., PlayedVm]) -> None:
     """Connections, refusals, names and answers to datagrams come and go as frames; the log is as for any machine."""
     vm = played([worlds.WEB])
@@ -171,7 +188,8 @@ def test_a_machine_of_frames_reaches_what_it_may(played: Callable[..., PlayedVm]
     assert [one.verdict for one in vm.journal()] == ["allowed", "refused", "refused"]
 
 
-def test_what_is_no_packet_of_the_machine_is_dropped(played: Callable[..., PlayedVm]) -> None:
+@on_both
+def test_what_is_no_packet_of_the_machine_is_dropped(played: Callable[..., PlayedVm], wire: str) -> None:
     """Frames that are none, of other protocols, from other addresses, in fragments or with false lengths do nothing."""
     vm = played(True)
     good = tcp(3000, SYN)
@@ -179,10 +197,12 @@ def test_what_is_no_packet_of_the_machine_is_dropped(played: Callable[..., Playe
     fragment[6] = 0x20
     options = bytearray(packets._ip(US, WEB, packets.TCP, b"\1" * 4 + good[20:]))
     options[0] = 0x46
+    # The kernel that has the tap takes a network's number off, and the machine has no second network: it is ignored.
+    tagged = [] if wire == "tap" else [FROM_MACHINE + b"\x81\0\0\1\x08\0" + good]
     for frame in (
         b"x", bytes(13), bytes(14), bytes(33), bytes(60), bytes(70_000),
         FROM_MACHINE + b"\x08\x06" + b"\0\1\x08\0\6\4\0\1" + bytes(20),
-        FROM_MACHINE + b"\x86\xdd" + good, FROM_MACHINE + b"\x81\0\0\1\x08\0" + good, FROM_MACHINE + b"\x00\x40" + good,
+        FROM_MACHINE + b"\x86\xdd" + good, FROM_MACHINE + b"\x00\x40" + good, *tagged,
         *(FROM_MACHINE + b"\x08\x00" + packet for packet in (
             tcp(3001, SYN, source=WEB), tcp(3002, SYN, source=CALLED), tcp(3003, SYN, source=GATEWAY),
             tcp(3004, SYN, source=0), tcp(3005, SYN, source=0x7F000001),
@@ -195,6 +215,7 @@ def test_what_is_no_packet_of_the_machine_is_dropped(played: Callable[..., Playe
     assert vm.ask(3010, "/after").startswith(b"HTTP/1.1 200")
 
 
+@on_both
 def test_stations_are_not_believed(played: Callable[..., PlayedVm]) -> None:
     """A frame from any station, to any station, is the machine's whose wire it came by: its rules, its answers."""
     vm, neighbour = played([worlds.OTHER_WEB]), played(True)
@@ -204,6 +225,7 @@ def test_stations_are_not_believed(played: Callable[..., PlayedVm]) -> None:
     assert neighbour.silent() and neighbour.journal() == []
 
 
+@on_both
 def test_nobody_poses_as_the_gates_own_ends(played: Callable[..., PlayedVm]) -> None:
     """Segments as if from the listener, from who is let in to it, or to it, do not reach its namespace."""
     vm = played(True)
@@ -222,6 +244,7 @@ def test_nobody_poses_as_the_gates_own_ends(played: Callable[..., PlayedVm]) -> 
         assert not select.select([listener], [], [], 0)[0]
 
 
+@on_both
 def test_garbage_and_floods_hurt_nobody_else(played: Callable[..., PlayedVm]) -> None:
     """Thousands of random frames and of connections at a time leave a neighbour served, and the log at its size."""
     vm, neighbour = played(True), played([worlds.WEB])
@@ -276,17 +299,43 @@ def _reach(came: dict[int, int]) -> int:
     return end
 
 
-def test_where_it_cannot_be_made(portal: BlockingPortal, data_dir: Path) -> None:
+@on_tap
+def test_nobody_is_on_the_wire_between_machine_and_gate(played: Callable[..., PlayedVm]) -> None:
+    """The kernel that has the tap answers nothing that it is asked, by its address, everybody's or the gate's own."""
+    vm = played(True)
+    assert isinstance(vm.frames, TapEnd)
+    tap, us, everybody = vm.frames.station, FROM_MACHINE[6:12], b"\xff" * 6
+    asks = b"\0\1\x08\0\6\4\0\1" + us + socket.inet_aton(str(MACHINE)) + bytes(6)
+    echo = packets._ip(WEB, 0, packets.ICMP, b"\x08\0\xf7\xff\0\0\0\0")
+    query = packets._ip(WEB, int.from_bytes(bytes((224, 0, 0, 1)), "big"), 2, b"\x11\x01\xee\xfe\0\0\0\0")
+    neighbour = struct.pack(">IHBB", 6 << 28, 32, 58, 255) + (LINK_LOCAL + bytes(7) + b"\1") + ALL_NODES
+    for to in (tap, everybody, b"\x01\0\x5e\0\0\1", b"\x33\x33\0\0\0\1"):
+        for address in ("127.0.0.1", "198.18.0.1", "198.18.0.2", "224.0.0.1", "255.255.255.255", "0.0.0.0"):
+            number = socket.inet_aton(address)
+            vm.send_frame(to + us + b"\x08\x06" + asks + number)
+            packet = bytearray(echo[:16] + number + echo[20:])
+            struct.pack_into(">H", packet, 10, 0)
+            struct.pack_into(">H", packet, 10, packets._checksum(packet[:20]))
+            vm.send_frame(to + us + b"\x08\x00" + bytes(packet))
+        vm.send_frame(to + us + b"\x08\x00" + query)
+        for kind in (128, 130, 133, 135):
+            vm.send_frame(to + us + b"\x86\xdd" + neighbour + bytes((kind, 0)) + bytes(30))
+        vm.send_frame(to + us + b"\x08\x00" + tcp(3700, SYN, source=CALLED, to=US, dport=80))
+    assert vm.silent()
+
+
+def test_where_it_cannot_be_made(portal: BlockingPortal) -> None:
     """A network that cannot be made is refused with what the system said, and nothing of it is left."""
-    landing = Landing(data_dir / "nothing")
+    outpost = Outpost("tap", "no/name", "0", count=3)
     try:
-        with pytest.raises(EgressUnavailable, match=r"can have no network here: .*nothing"):
-            portal.call(landing.ends)
+        with pytest.raises(EgressUnavailable, match=r"can have no network here: .*Invalid argument"):
+            portal.call(outpost.descriptors)
     finally:
-        landing.close()
-        landing.close()
+        outpost.close()
+        outpost.close()
 
 
+@on_both
 def test_a_forks_connections_are_ended(
     played: Callable[..., PlayedVm], portal: BlockingPortal, keeper: GateKeeper
 ) -> None:

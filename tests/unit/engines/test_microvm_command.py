@@ -8,7 +8,9 @@ from pathlib import Path
 from podflare.engines.base import EngineOptions, Limits
 from podflare.engines.microvm.confinement import VMM_ID, Confinement
 from podflare.engines.microvm.engine import LEAST_BYTES, OWN_BYTES, MicrovmEngine, disk_bytes_of, shape_of
+from podflare.engines.microvm.firecracker_orders import guarded
 from podflare.engines.microvm.qemu_command import Descriptors, machine_key, qemu_command
+from podflare.engines.microvm.tap import Entrance
 from podflare.engines.microvm.vmm import BootSource, DiskRate, Shape
 
 FDS = Descriptors(10, 11, 12, 13, 14, 15, 16)
@@ -88,6 +90,19 @@ def test_confinement_of_the_vmm() -> None:
     assert "--clear-groups" not in Confinement(VMM_ID, kvm_group=105).wrap(["qemu"])
     user = Confinement(None).wrap(["qemu"])
     assert "unshare" not in user and "--no-new-privs" in user and "--pdeathsig" in user
+
+
+def test_confinement_of_the_vmm_beside_its_tap() -> None:
+    """It enters the namespace that is there before it is confined as ever, and as an ordinary user gives up what it is
+    in the user namespace of that; Firecracker's guards enter it, too."""
+    root = Confinement(VMM_ID).wrap(["qemu"], Entrance("/net", None))
+    assert root[:4] == ["nsenter", "--net=/net", "--", "unshare"] and "--net" not in root
+    assert {"--ipc", "--reuid", "--bounding-set", "--no-new-privs"} <= set(root)
+    user = Confinement(None).wrap(["qemu"], Entrance("/net", "/user"))
+    assert user[:5] == ["nsenter", "--user=/user", "--preserve-credentials", "--net=/net", "--"]
+    assert {"--pdeathsig", "--no-new-privs", "--bounding-set", "--inh-caps"} <= set(user)
+    assert user[-2:] == ["--", "qemu"]
+    assert "--net" in guarded(["jailer"]) and "--net" not in guarded(["jailer"], network=False)
 
 
 def test_few_shapes() -> None:

@@ -24,6 +24,13 @@ API: Mapping[str, Mapping[str, Any]] = {
         "rate_limiter": LIMITER,
     },
     "PATCH /drives/*": {"drive_id!": str, "path_on_host": str, "rate_limiter": LIMITER},
+    "PUT /network-interfaces/*": {
+        "iface_id!": str,
+        "host_dev_name!": str,
+        "guest_mac": str,
+        "rx_rate_limiter": LIMITER,
+        "tx_rate_limiter": LIMITER,
+    },
     "PUT /vsock": {"guest_cid!": range(3, 2**32), "uds_path!": str, "vsock_id": str},
     "PUT /entropy": {"rate_limiter": LIMITER},
     "PUT /actions": {"action_type!": ("FlushMetrics", "InstanceStart", "SendCtrlAltDel")},
@@ -59,13 +66,15 @@ def faults(body: Mapping[str, Any], known: Mapping[str, Any]) -> list[str]:
 
 def of_path(order: Order) -> str:
     first, *rest = order.path.lstrip("/").split("/")
-    return f"{order.method} /{'/'.join([first, '*'] if first == 'drives' else [first, *rest])}"
+    named = first in ("drives", "network-interfaces")
+    return f"{order.method} /{'/'.join([first, '*'] if named else [first, *rest])}"
 
 
 def test_all_orders_are_in_the_api() -> None:
     """Each order has the properties that are required, and none that are unknown or of another type."""
     rates = (DiskRate(), DiskRate(5 << 20), DiskRate(5 << 20, 100), DiskRate(operations_per_s=1))
     given = [*orders.boot_orders(Shape(1 << 30, 64), "quiet"), *map(orders.rate_order, rates)]
+    given += orders.boot_orders(Shape(1 << 30, 1, network=True), "quiet")
     given += [orders.load_order(), orders.save_order()]
     given += [orders.state_order("Paused"), orders.state_order("Resumed")]
     for order in given:

@@ -16,7 +16,7 @@ from podflare.engines.microvm.clocks import tell_time
 from podflare.engines.microvm.confinement import Confinement
 from podflare.engines.microvm.control import NO_NETWORK, renew
 from podflare.engines.microvm.disks import copy_disk
-from podflare.engines.microvm.landing import Landing, make_bundle
+from podflare.engines.microvm.landing import Landing
 from podflare.engines.microvm.machine import MicrovmMachine, end, vmm_limits
 from podflare.engines.microvm.origins import Origin
 from podflare.engines.microvm.vmm import DiskRate, Drives, Vm, Vmm
@@ -31,8 +31,6 @@ class Nursery:
     """What every birth of one engine needs."""
 
     options: EngineOptions
-    folder: Path
-    """Of this daemon."""
     machines_dir: Path
     vmm: Vmm
     confinement: Confinement
@@ -60,7 +58,7 @@ async def bear(
     try:
         directory.mkdir(mode=0o700)
         if spec.uplink is not None:
-            landing = Landing(await asyncio.get_running_loop().run_in_executor(None, make_bundle, nursery.folder))
+            landing = Landing()
         disk = directory / "disk"
         await asyncio.get_running_loop().run_in_executor(None, copy_disk, origin.disk, disk)
         drives = Drives(origin.root, disk, nursery.rate)
@@ -97,8 +95,9 @@ def network_order(spec: MachineSpec, *, forked: bool) -> Mapping[str, Any]:
 
 def walls_of(nursery: Nursery, vm: Vm) -> tuple[Wall, ...]:
     """The walls in force.  Raises: IsolationIncomplete if one is missing that has to be there."""
+    entered = vm.frames is not None and nursery.vmm.wire == "tap"
     cpu: tuple[Wall, ...] = ("cpu_limit",) if "cpu" in nursery.cgroups.parents else ()
-    walls = {*INHERENT_WALLS, *cpu, *nursery.confinement.verify(vm.pid)}
+    walls = {*INHERENT_WALLS, *cpu, *nursery.confinement.verify(vm.pid, entered=entered)}
     missing = sorted(set(nursery.options.require) - walls)
     if missing:
         raise IsolationIncomplete(f"required walls are missing on this machine: {', '.join(missing)}")

@@ -6,7 +6,7 @@ from podflare.engines.microvm.vmm import VmmStatus
 
 AUTO, QEMU, FIRECRACKER = "auto", "qemu", "firecracker"
 ORDER = (QEMU, FIRECRACKER)
-"""Of those with KVM the first is taken, else the first that can work: machines of QEMU can have a network."""
+"""Of those with KVM the first is taken, else the first that can work: QEMU is what guests are tried on everywhere."""
 
 
 def choose(wish: str, statuses: tuple[VmmStatus, ...]) -> tuple[str, str]:
@@ -34,7 +34,7 @@ def choose(wish: str, statuses: tuple[VmmStatus, ...]) -> tuple[str, str]:
 def notes(wish: str, statuses: tuple[VmmStatus, ...]) -> tuple[str, ...]:
     """A line for each: found or not, and whether it is taken and why."""
     taken, _ = choose(wish, statuses)
-    why = "the first of QEMU and Firecracker, where either can work with KVM" if wish == AUTO else "asked for"
+    why = "the first of QEMU and Firecracker that can work, with KVM if possible" if wish == AUTO else "asked for"
     lines = []
     for status in statuses:
         if status.vmm == taken:

@@ -29,7 +29,6 @@ from podflare.engines.microvm.vmm import Shape
 from podflare.engines.snapshots import SnapshotStore
 from podflare.errors import (
     DeadlineExceeded,
-    EgressUnavailable,
     IsolationIncomplete,
     MachineFailed,
     PodflareError,
@@ -133,7 +132,7 @@ class MicrovmEngine:
         self._machine_key = found.machine_key
         self._origins = Origins(found.vmm, found.machine_key, self._data)
         self._clocks = asyncio.get_running_loop().create_task(keep_clocks(lambda: self._machines))
-        self._nursery = Nursery(self._options, self._data, machines_dir, found.vmm, found.confinement, cgroups.detect())
+        self._nursery = Nursery(self._options, machines_dir, found.vmm, found.confinement, cgroups.detect())
 
     def _ready(self) -> tuple[Nursery, Origins]:
         if self._nursery is None or self._origins is None:
@@ -149,8 +148,6 @@ class MicrovmEngine:
         return same and other.memory_bytes <= one.memory_bytes
 
     async def create(self, spec: MachineSpec, *, timeout_s: float) -> MicrovmMachine:
-        if spec.uplink is not None and (why := self._ready()[0].vmm.no_network):
-            raise EgressUnavailable(why)
         [machine] = await self._make(self._bear(spec, timeout_s), timeout_s, "a new virtual machine")
         return machine
 

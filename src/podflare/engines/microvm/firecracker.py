@@ -31,6 +31,7 @@ from podflare.engines.microvm.confinement import Confinement
 from podflare.engines.microvm.console import Console
 from podflare.engines.microvm.disks import copy_disk
 from podflare.engines.microvm.firecracker_orders import Order
+from podflare.engines.microvm.tap import Entrance, Tap
 from podflare.engines.microvm.vmm import (
     CHANNEL_VSOCK_PORT,
     CONTROL_VSOCK_PORT,
@@ -96,7 +97,7 @@ class Firecracker:
     name = "firecracker"
     accelerator: Accelerator = "kvm"
     kernel_kind: Literal["bzImage", "vmlinux"] = "vmlinux"
-    no_network = "virtual machines of Firecracker have no network yet; those of QEMU can: podflare serve --vmm qemu"
+    wire: Literal["socket", "tap"] = "tap"
 
     def __init__(self, programs: Programs, confinement: Confinement) -> None:
         self._programs, self._confinement = programs, confinement
@@ -105,7 +106,7 @@ class Firecracker:
         files = {orders.KERNEL: source.kernel, orders.INITRD: source.initrd, **_drives(drives)}
         base = os.memfd_create("podflare-empty", os.MFD_CLOEXEC)  # what a VM's memory is at first
         os.ftruncate(base, shape.memory_bytes)
-        vm = await self._started(directory, files, base)
+        vm = await self._started(directory, shape, files, base)
         await vm.prepared(orders.boot_orders(shape, source.command_line))
         return vm
 
@@ -115,17 +116,25 @@ class Firecracker:
             base = os.open(saved.memory, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as exc:
             raise MachineFailed(f"a virtual machine's file cannot be opened: {exc}") from exc
-        vm = await self._started(directory, files, base)
+        vm = await self._started(directory, shape, files, base)
         await vm.prepared((orders.load_order(), orders.rate_order(drives.rate)))
         return vm
 
-    async def _started(self, directory: Path, files: dict[str, Path], base: int) -> FirecrackerVm:
-        """A process that takes orders; it owns `base`.  Raises: MachineFailed; then there is none."""
+    async def _started(self, directory: Path, shape: Shape, files: dict[str, Path], base: int) -> FirecrackerVm:
+        """A process that takes orders; it owns `base`.
+
+        Raises: MachineFailed, EgressUnavailable, DeadlineExceeded; then there is none.
+        """
         vm: FirecrackerVm | None = None
+        tap: Tap | None = None
         try:
+            tap = Tap(self._confinement.user_id) if shape.network else None
             # Copies at most what lies on another file system.
             root = await asyncio.get_running_loop().run_in_executor(None, self._place, directory, files)
-            vm = self._spawn(directory, root, base)
+            entrance = await tap.entrance() if tap is not None else None
+            vm = self._spawn(directory, root, base, entrance)
+            if tap is not None:
+                vm.frames = await tap.frames()
             await vm.wait_ready()
             if self._programs.jailer is not None:
                 vm.pid = _guarded_pid(vm.pid)
@@ -139,13 +148,16 @@ class Firecracker:
             if isinstance(exc, OSError):
                 raise MachineFailed(f"Firecracker could not be started: {exc}") from exc
             raise
+        finally:
+            if tap is not None:
+                tap.close()
 
-    def _spawn(self, directory: Path, root: Path, base: int) -> FirecrackerVm:
+    def _spawn(self, directory: Path, root: Path, base: int, entrance: Entrance | None) -> FirecrackerVm:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         with theirs:
             try:
                 process = subprocess.Popen(
-                    self._command(directory),
+                    self._command(directory, entrance),
                     cwd=root,
                     env={"PATH": os.environ.get("PATH", os.defpath)},
                     stdin=subprocess.DEVNULL,
@@ -157,12 +169,13 @@ class Firecracker:
                 raise
         return FirecrackerVm(process, root, base, Console(ours))
 
-    def _command(self, directory: Path) -> list[str]:
+    def _command(self, directory: Path, entrance: Entrance | None) -> list[str]:
         binary, jailer, user_id = self._programs.firecracker, self._programs.jailer, self._confinement.user_id
         if jailer is None or user_id is None:
-            return self._confinement.wrap(orders.firecracker_command(binary, directory.name))
+            return self._confinement.wrap(orders.firecracker_command(binary, directory.name), entrance)
         # The jailer drops all privileges itself, for which it needs them first.
-        return orders.guarded(orders.jailer_command(jailer, binary, directory.name, directory / "jail", user_id))
+        jailed = orders.jailer_command(jailer, binary, directory.name, directory / "jail", user_id)
+        return orders.guarded(jailed) if entrance is None else entrance.wrap(orders.guarded(jailed, network=False))
 
     def _place(self, directory: Path, files: dict[str, Path]) -> Path:
         """The VM's directory as its process sees it, with its files under the names that orders use."""
@@ -218,8 +231,6 @@ class FirecrackerVm:
     channels_survive = False
     """The device ends them with each capture (vsock.py)."""
 
-    frames: socket.socket | None = None
-
     def __init__(self, process: subprocess.Popen[bytes], root: Path, base: int, console: Console) -> None:
         self.pid = process.pid
         self.console = console
@@ -232,6 +243,7 @@ class FirecrackerVm:
         self._client = httpx.AsyncClient(transport=transport, base_url="http://firecracker", timeout=ORDER_TIMEOUT_S)
         self._device = here / orders.VSOCK
         self.channel, self.control = (_unconnected() for _ in range(2))
+        self.frames: socket.socket | None = None
         self._closing: asyncio.Task[None] | None = None
         loop = asyncio.get_running_loop()
         self._gone: asyncio.Future[None] = loop.create_future()
@@ -362,8 +374,9 @@ class FirecrackerVm:
         if done:
             self._process.wait()
         asyncio.get_running_loop().remove_reader(self._pidfd)
-        for sock in (self.channel, self.control):
-            sock.close()
+        for sock in (self.channel, self.control, self.frames):
+            if sock is not None:
+                sock.close()
         await self._client.aclose()
         for fd in (self._pidfd, self._base, self._folder):
             os.close(fd)

@@ -12,13 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from podflare.engines.microvm.vmm import DiskRate, Shape
+from podflare.engines.microvm import tap
+from podflare.engines.microvm.vmm import MAC, DiskRate, Shape
 
 OLDEST, BEFORE = (1, 10), (2, 0)
 """Since 1.10 a guest hears as soon as its VM goes on that a capture or a restore has ended its connections."""
 API_SOCKET, VSOCK, KERNEL, INITRD, ROOT, DISK = "api", "vsock", "kernel", "initrd", "root", "disk"
 """Names in the VM's directory."""
 MEMORY, DEVICES, CHANGES = "memory", "devices", "changes"
+INTERFACE = "network"
 GUEST_CID = 3
 _VERSION = re.compile(r"v?(\d+)\.(\d+)\.(\d+)")
 _MOST_CPUS = 32
@@ -58,11 +60,13 @@ def boot_orders(shape: Shape, command_line: str) -> tuple[Order, ...]:
     # Without a keyboard controller's reset a reboot would not end the process; PCI it has not.
     arguments = f"{command_line} reboot=k pci=off"
     source = {"kernel_image_path": KERNEL, "initrd_path": INITRD, "boot_args": arguments}
+    network = (_interface(),) if shape.network else ()
     return (
         Order("PUT", "/machine-config", machine),
         Order("PUT", "/boot-source", source),
         _drive(ROOT, read_only=True),
         _drive(DISK, read_only=False),
+        *network,
         Order("PUT", "/vsock", {"guest_cid": GUEST_CID, "uds_path": VSOCK}),
         Order("PUT", "/entropy", {}),
         Order("PUT", "/actions", {"action_type": "InstanceStart"}),
@@ -74,8 +78,16 @@ def _drive(name: str, *, read_only: bool) -> Order:
     return Order("PUT", f"/drives/{name}", body)
 
 
+def _interface() -> Order:
+    body = {"iface_id": INTERFACE, "host_dev_name": tap.NAME, "guest_mac": MAC}
+    return Order("PUT", f"/network-interfaces/{INTERFACE}", body)
+
+
 def load_order() -> Order:
-    """From a fresh process to a VM that stands still; its memory is the file, mapped privately."""
+    """From a fresh process to a VM that stands still; its memory is the file, mapped privately.
+
+    Its network interface is on the tap of the same name in the process's own network namespace.
+    """
     backend = {"backend_type": "File", "backend_path": MEMORY}
     body = {"snapshot_path": DEVICES, "mem_backend": backend, "enable_diff_snapshots": True, "resume_vm": False}
     return Order("PUT", "/snapshot/load", body)
@@ -112,9 +124,10 @@ def jailer_command(jailer: str, binary: str, vm_id: str, base: Path, user_id: in
     return [*command, "--api-sock", API_SOCKET, "--level", "Warning"]
 
 
-def guarded(command: list[str]) -> list[str]:
+def guarded(command: list[str], *, network: bool = True) -> list[str]:
     """`command`, so that it ends with whoever starts it, also if it changes its user, and in namespaces of its own.
 
+    Args: network: False where it is in one of its own already.
     A process that changes its user does not hear of its parent's death any more.  The two above it do: the upper one
     dies with its parent, the lower one with that, and as the first of a PID namespace it takes along all in there.
     """
@@ -124,7 +137,7 @@ def guarded(command: list[str]) -> list[str]:
         "KILL",
         "--",
         "unshare",
-        "--net",
+        *(("--net",) if network else ()),
         "--ipc",
         "--pid",
         "--fork",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import shutil
 import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +16,13 @@ from podflare.engines.linux import cgroups
 from podflare.engines.microvm import accelerator, choice, disks, firecracker
 from podflare.engines.microvm.birth import INHERENT_WALLS
 from podflare.engines.microvm.choice import AUTO, FIRECRACKER, QEMU
-from podflare.engines.microvm.confinement import ALWAYS, AS_ROOT, Confinement
+from podflare.engines.microvm.confinement import ALWAYS, AS_ROOT, ENTERED, Confinement
 from podflare.engines.microvm.firecracker import Firecracker
 from podflare.engines.microvm.images import Images
-from podflare.engines.microvm.landing import Landing, make_bundle
+from podflare.engines.microvm.landing import Landing
 from podflare.engines.microvm.qemu import BINARY, Qemu
 from podflare.engines.microvm.qemu_command import machine_key
+from podflare.engines.microvm.tap import Tap
 from podflare.engines.microvm.vmm import Accelerator, Shape, Vmm, VmmStatus
 from podflare.errors import DeadlineExceeded, EgressUnavailable, MachineFailed, TemplateFailed, UnknownTemplate
 from podflare.wire.api import DEFAULT_TEMPLATE
@@ -138,21 +139,20 @@ async def report(images: Images, wish: str, firecracker_path: str) -> EngineRepo
     """For `podflare doctor`."""
     loop = asyncio.get_running_loop()
     found = await loop.run_in_executor(None, find, wish, firecracker_path)
-    no_uplink = "" if found.vmm is None else found.vmm.no_network or await _why_no_landing()
+    no_uplink = "" if found.vmm is None else await _why_no_network(found.vmm, found.confinement)
     return await loop.run_in_executor(None, _report, images, found, no_uplink)
 
 
-async def _why_no_landing() -> str:
+async def _why_no_network(vmm: Vmm, confinement: Confinement) -> str:
     """Empty if virtual machines can have a network here: tried by making what one needs."""
-    with tempfile.TemporaryDirectory(prefix="podflare-probe-") as folder:
-        try:
-            landing = Landing(make_bundle(Path(folder)))
-            try:
-                await landing.ends()
-            finally:
-                landing.close()
-        except (EgressUnavailable, DeadlineExceeded, OSError) as exc:
-            return str(exc)
+    try:
+        with contextlib.closing(Landing()) as landing:
+            await landing.ends()
+        if vmm.wire == "tap":
+            with contextlib.closing(Tap(confinement.user_id)) as tap:
+                await tap.entrance()
+    except (EgressUnavailable, DeadlineExceeded) as exc:
+        return str(exc)
     return ""
 
 
@@ -182,5 +182,7 @@ def _status(wall: Wall, found: Found, groups: cgroups.Cgroups) -> WallStatus:
     if wall == "cpu_limit":
         return WallStatus(wall, "cpu" in groups.parents, groups.detail)
     if wall in AS_ROOT and os.geteuid() != 0:
-        return WallStatus(wall, False, "only a root daemon can confine its hypervisors so")
+        entered = wall in ENTERED and found.vmm.wire == "tap"
+        when = "only a root daemon can confine its hypervisors so"
+        return WallStatus(wall, False, f"{when}, or where a sandbox has egress" if entered else when)
     return WallStatus(wall, True)

@@ -44,7 +44,7 @@ class Qemu:
 
     name = "qemu"
     kernel_kind: Literal["bzImage", "vmlinux"] = "bzImage"
-    no_network = ""
+    wire: Literal["socket", "tap"] = "socket"
 
     def __init__(
         self, binary: str, accelerator: Accelerator, confinement: Confinement, vm: type[QemuVm] | None = None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from podflare.engines.microvm.vmm import (
     CHANNEL_NAME,
     CONTROL_NAME,
+    MAC,
     NO_LIMIT,
     Accelerator,
     BootSource,
@@ -33,8 +34,6 @@ _GLOBALS = (
     # It would want to find its part of the firmware in memory as it left it.
     "apic.vapic=off",
 )
-_MAC = "52:54:00:00:00:01"
-"""Of every VM's interface: each has a network of its own."""
 _FORBIDDEN = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 
@@ -118,7 +117,7 @@ def _network(shape: Shape, fd: int | None) -> list[str]:
     if not shape.network:
         return []
     # No firmware of its own: nothing boots from it.
-    device = f"virtio-net-pci,netdev=network,mac={_MAC},romfile="
+    device = f"virtio-net-pci,netdev=network,mac={MAC},romfile="
     return ["-netdev", f"dgram,id=network,local.type=fd,local.str={fd}", "-device", device]
 
 

@@ -21,6 +21,8 @@ CONTROL_NAME = "podflare.control"
 """Names of the ports in the guest (virtio-serial); under vsock they are the ports below."""
 CHANNEL_VSOCK_PORT = 7000
 CONTROL_VSOCK_PORT = 7001
+MAC = "52:54:00:00:00:01"
+"""Of every VM's network interface: each has a network of its own."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,8 @@ class Vm(Protocol):
     control: socket.socket
     """Likewise to CONTROL_NAME."""
     frames: socket.socket | None
-    """With `Shape.network`: what its interface sends and receives, one Ethernet frame a packet (SOCK_SEQPACKET,
-    non-blocking).  Closed by `aclose`."""
+    """With `Shape.network`: what its interface sends and receives, one Ethernet frame a packet; see
+    engines.base.UplinkEnds.  Non-blocking.  Closed by `aclose`."""
     console: Console
     """What the guest's kernel and init print, and the VMM itself."""
 
@@ -140,14 +142,15 @@ class Vmm(Protocol):
     name: str
     accelerator: Accelerator
     kernel_kind: Literal["bzImage", "vmlinux"]
-    no_network: str
-    """Why its VMs cannot have a network interface, for users; empty if they can."""
+    wire: Literal["socket", "tap"]
+    """What `Vm.frames` is made of, where a VM has a network interface."""
 
     async def boot(self, directory: Path, shape: Shape, source: BootSource, drives: Drives) -> Vm:
         """A VM that has begun to boot.
 
         Args: directory: of this VM alone, exists, and is the VMM's to write in.
-        Raises: MachineFailed with what the VMM said; then no process is left.
+        Raises: MachineFailed with what the VMM said; EgressUnavailable if it is to have a network interface and can
+            have none here.  Then no process is left.
         If cancelled: no process is left.
         """
 

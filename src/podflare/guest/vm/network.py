@@ -22,16 +22,10 @@ def renew(order: Dict[str, Any]) -> Dict[str, str]:
     Raises: OSError, ValueError, KeyError.
     """
     if order["is"] == NEW:
-        _without_ipv6()
+        uplink.without_ipv6(INTERFACE)
+        uplink.without_offload(INTERFACE)
         uplink.bring_up()
         return uplink.tell_programs(uplink_from_dict(order["uplink"]), files=True)
     if order["is"] == NONE and os.path.exists(f"/sys/class/net/{INTERFACE}"):
         uplink.take_down()
     return {}
-
-
-def _without_ipv6() -> None:
-    path = f"/proc/sys/net/ipv6/conf/{INTERFACE}/disable_ipv6"
-    if os.path.exists(path):
-        with open(path, "w") as file:
-            file.write("1")
