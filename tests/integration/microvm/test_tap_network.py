@@ -1,7 +1,7 @@
 """Promise: what is on a tap, as Firecracker's machines are, has the network that it was given, as any other machine.
 
-Real guests, on a QEMU that is started as Firecracker is and opens the same tap (tests/tapping.py); all tests of networks
-run so with `--vmm tap`.
+Real guests, on a QEMU that is started as Firecracker is and opens the same tap (tests/tapping.py).  All tests of
+networks run so with `--vmm tap`.
 """
 
 from __future__ import annotations

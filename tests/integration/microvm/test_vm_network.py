@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from anyio.from_thread import BlockingPortal
 
+import firecrackers
 import vms
 import worlds
 from machines import LIMITS, DrivenMachine
@@ -88,7 +89,9 @@ def test_deaths_of_gate_hypervisor_and_daemon(networked: Networked, data_dir: Pa
             assert run(sandbox, ENDED)["waiting"] == ["ConnectionResetError"]
             assert run(sandbox, HELLO)["hello"] == "200"
             assert gate_of(own.daemon.pid) not in (0, gate)
-            os.kill(max(children_of(own.daemon.pid, b"qemu")), signal.SIGKILL)
+            on_firecracker = vms.vmm == "firecracker"
+            vmms = firecrackers.below(own.daemon.pid) if on_firecracker else children_of(own.daemon.pid, b"qemu")
+            os.kill(max(vmms), signal.SIGKILL)
             assert "its virtual machine ended" in end_of(ended)
             assert run(sandbox, HELLO)["hello"] == "200"
             watched = [os.pidfd_open(pid) for pid in children_of(own.daemon.pid)]
