@@ -1,7 +1,7 @@
 """One client process: threads that use sandboxes of their own in every way, and check every answer against the model.
 
-`python -m chaos.client UDS NAME SEED THREADS`.  Says what it does as JSON lines on stdout; ends when stdin does, having
-checked and closed every sandbox.  It may be killed at any moment.
+`python -m chaos.client UDS NAME SEED THREADS ENGINE`.  Says what it does as JSON lines on stdout; ends when stdin does,
+having checked and closed every sandbox.  It may be killed at any moment.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from chaos import processes as p
 from chaos.calls import Answer, Caller, Cut, Violation
+from chaos.engines import ENGINES, Engine
 from chaos.model import CELL, Known, Wrong
 
 MAX_HELD = 4
@@ -36,7 +38,8 @@ def say(**words: Any) -> None:
 class Worker:
     """One thread with its sandboxes."""
 
-    def __init__(self, uds: str, name: str, seed: int) -> None:
+    def __init__(self, uds: str, name: str, seed: int, engine: Engine) -> None:
+        self._engine = engine
         self._caller = Caller(uds)
         self._name = name
         self._draw = random.Random(seed)
@@ -134,7 +137,7 @@ class Worker:
             self._close()
             return
         start = time.monotonic()
-        body = {"metadata": {"client": self._name}, "template": self._draw.choice(("default", "default", "warm"))}
+        body = {"metadata": {"client": self._name}, "template": self._draw.choice(self._engine.templates)}
         found = self._call(None, "POST", "/v1/sandboxes", body, limit_s=CREATE_S).json()
         self._adopt(Known(found["id"], start))
 
@@ -166,7 +169,8 @@ class Worker:
                 raise Violation(f"{known.id}: {token} ended with {events}")
             known.states = before
             known.has_run(token, words[1], restarted=last["restarted"])
-            known.born = words[2]
+            if p.FAMILY in self._engine.of_each_sandbox:  # else it is a VM's own first process
+                known.born = words[2]
             return bool(last["restarted"])
         raise self._not_ended(known, last)
 
@@ -350,8 +354,9 @@ _OPERATIONS = [operation for operation, _ in _TABLE]
 _WEIGHTS = [weight for _, weight in _TABLE]
 
 
-def main(uds: str, name: str, seed: str, threads: str) -> None:
-    workers = [Worker(uds, f"{name}{'abcdefgh'[n]}", int(seed) + n) for n in range(int(threads))]
+def main(uds: str, name: str, seed: str, threads: str, engine: str) -> None:
+    names = [f"{name}{letter}" for letter in "abcdefgh"[: int(threads)]]
+    workers = [Worker(uds, one, int(seed) + n, ENGINES[engine]) for n, one in enumerate(names)]
     running = [threading.Thread(target=worker.run) for worker in workers]
     for thread in running:
         thread.start()

@@ -24,14 +24,14 @@ class Holdings:
         return cls(len(os.listdir(f"/proc/{pid}/fd")), pages * os.sysconf("SC_PAGE_SIZE"), mounts)
 
 
-def groups_of(instances: Iterable[str]) -> list[str]:
+def groups_of(instances: Iterable[str], engine: str) -> list[str]:
     """Control groups of machines of these daemon lives."""
-    return [group for groups in groups_by_hierarchy(instances) for group in groups]
+    return [group for groups in groups_by_hierarchy(instances, engine) for group in groups]
 
 
-def groups_by_hierarchy(instances: Iterable[str]) -> list[list[str]]:
+def groups_by_hierarchy(instances: Iterable[str], engine: str) -> list[list[str]]:
     """Likewise, for each hierarchy that has some."""
-    names = {f"podflare-{instance}-process" for instance in instances}
+    names = {f"podflare-{instance}-{engine}" for instance in instances}
     found = []
     for line in Path("/proc/self/mounts").read_text().splitlines():
         _, top, kind, *_ = line.split()

@@ -8,6 +8,11 @@ from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
 from typing import Any
 
+from chaos import processes
+
+VM_ENDED = "its virtual machine ended"
+VM_KINDS = (processes.HYPERVISOR, processes.HYPERVISOR_HELPER)
+"""Of which each sandbox has one of its own."""
 RESTARTED = "the daemon that ran it has ended"
 SHOWN = 150
 """Lines of history before a violation."""
@@ -38,6 +43,7 @@ class Judge:
     """Ids that some client was told."""
     under_way: dict[str, str] = field(default_factory=dict)
     """Worker -> what it is doing."""
+    ended_vms: int = 0
     lost_workers: set[str] = field(default_factory=set)
     """Those that were killed in the middle of an operation."""
     operations: Counter[str] = field(default_factory=Counter)
@@ -105,6 +111,10 @@ class Judge:
         cause = said["cause"].partition("is gone: ")[2]
         self.deaths[cause.partition(" sbx_")[0][:60]] += 1
         since, at = said["since"], said["at"]
+        if cause.startswith(VM_ENDED):
+            self.ended_vms += 1
+            if self.ended_vms > sum(hit.deed == "kill" and hit.kind in VM_KINDS for hit in self.hits):
+                self._break(f"{said['id']} ended, though fewer hypervisors than that were killed: {cause}")
         restarted = any(since <= end <= at for end in self.daemon_ends)
         if cause.startswith((RESTARTED, "it was closed", "merged into")):
             # Closed and merged sandboxes are nobody's any more, unless the answer was cut off.

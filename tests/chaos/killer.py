@@ -10,23 +10,20 @@ import signal
 import time
 
 from chaos import processes as p
+from chaos.engines import Engine
 from chaos.judge import Hit, Judge
 from chaos.processes import Census, Process
 
 WAIT_S = 0.4
 """For a process of a kind that lives for milliseconds."""
-KILLS = {
-    p.ZYGOTE: 3, p.PRELOAD: 2, p.ZYGOTE_HELPER: 2, p.FAMILY: 6, p.FAMILY_HELPER: 5, p.AGENT: 6, p.REPL: 12,
-    p.REPL_CHILD: 4, p.BASH: 4,
-}  # fmt: skip
-STOPS = {p.DAEMON: 1, p.ZYGOTE: 1, p.FAMILY: 2, p.FAMILY_HELPER: 1, p.AGENT: 2, p.REPL: 3}
 STOP_S = (0.1, 3.0)
 
 
 class Killer:
     """Chooses below one daemon at a time.  `resume_due` must be called now and then."""
 
-    def __init__(self, judge: Judge, draw: random.Random) -> None:
+    def __init__(self, engine: Engine, judge: Judge, draw: random.Random) -> None:
+        self._engine = engine
         self._judge = judge
         self._draw = draw
         self._census = Census()
@@ -36,7 +33,7 @@ class Killer:
     def strike(self, daemon: int) -> None:
         """One deed, if there is a victim for it."""
         stop = self._draw.random() < 0.2
-        table = STOPS if stop else KILLS
+        table = self._engine.stops if stop else self._engine.kills
         kind = self._draw.choices(list(table), list(table.values()))[0]
         victim = self._find(kind, daemon)
         if victim is None:
@@ -81,9 +78,13 @@ class Killer:
             deadline = time.monotonic() + WAIT_S
             while time.monotonic() < deadline:
                 for process in self._census.new():
-                    if self._census.kind_of(process, daemon) == kind:
+                    if self._engine.kind_of(process, daemon, self._census.known) == kind:
                         return process
                 time.sleep(0.0005)
             return None
-        found = [one for one in everything.values() if p.kind_of(one, daemon, everything) == kind and one.state != "Z"]
+        found = [
+            one
+            for one in everything.values()
+            if self._engine.kind_of(one, daemon, everything) == kind and one.state != "Z"
+        ]
         return self._draw.choice(sorted(found, key=lambda one: one.pid)) if found else None

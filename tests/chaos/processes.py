@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +25,11 @@ REPL = "repl"
 REPL_CHILD = "repl-child"
 """In the middle of a fork."""
 BASH = "bash"
-KINDS = (DAEMON, ZYGOTE, PRELOAD, ZYGOTE_HELPER, FAMILY, FAMILY_HELPER, AGENT, REPL, REPL_CHILD, BASH)
-BRIEF = (ZYGOTE_HELPER, FAMILY_HELPER, REPL_CHILD)
+HYPERVISOR = "hypervisor"
+"""With a whole virtual machine in it, of which nothing is seen from outside."""
+HYPERVISOR_HELPER = "hypervisor-helper"
+"""What a daemon of virtual machines starts for a moment: a hypervisor-to-be, tools for disks, text comparison."""
+BRIEF = (ZYGOTE_HELPER, FAMILY_HELPER, REPL_CHILD, HYPERVISOR_HELPER)
 """They live for milliseconds, and have to be waited for."""
 
 
@@ -105,8 +108,10 @@ class Census:
         """Descendants of `root`, everything anew."""
         return below(root, self.all())
 
-    def kind_of(self, process: Process, daemon: int) -> str:
-        return kind_of(process, daemon, self._known)
+    @property
+    def known(self) -> Mapping[int, Process]:
+        """As of the last look."""
+        return self._known
 
 
 def below(root: int, processes: dict[int, Process]) -> dict[int, Process]:
@@ -118,8 +123,17 @@ def below(root: int, processes: dict[int, Process]) -> dict[int, Process]:
     return found
 
 
-def kind_of(process: Process, daemon: int, processes: dict[int, Process]) -> str:
-    """What it is in the tree of `daemon`, "" if nothing of ours.
+def kind_of_vm(process: Process, daemon: int, _: Mapping[int, Process]) -> str:
+    """Likewise, below a daemon of virtual machines."""
+    if process.pid == daemon:
+        return DAEMON
+    if process.parent != daemon:
+        return ""
+    return HYPERVISOR if process.name.startswith("qemu-system") else HYPERVISOR_HELPER
+
+
+def kind_of(process: Process, daemon: int, processes: Mapping[int, Process]) -> str:
+    """What it is in the tree of `daemon`, which has processes for sandboxes; "" if nothing of ours.
 
     A family whose zygote was killed lives on below this process, which adopts what has no parent.
     """
@@ -148,7 +162,7 @@ def kind_of(process: Process, daemon: int, processes: dict[int, Process]) -> str
     return BASH if process.name in ("bash", "sleep") else REPL_CHILD
 
 
-def ancestors(process: Process, processes: dict[int, Process]) -> list[Process]:
+def ancestors(process: Process, processes: Mapping[int, Process]) -> list[Process]:
     """Its parent first."""
     found = []
     current = processes.get(process.parent)

@@ -23,6 +23,7 @@ from typing import IO, Any
 
 from chaos import processes as p
 from chaos.calls import Caller, Cut
+from chaos.engines import Engine
 from chaos.holdings import Holdings, disk_usage, groups_by_hierarchy, groups_of
 from chaos.judge import Hit, Judge
 from chaos.killer import Killer
@@ -32,6 +33,7 @@ from podflare.engines.templates.definition import parse
 from podflare.engines.templates.pip import Sources
 from podflare.engines.templates.store import TemplateStore
 from podflare.guest import syscalls
+from podflare.host.config import default_image_dir
 
 POOL = 2
 START_S = 60.0
@@ -48,6 +50,8 @@ EVERY_S = (0.05, 0.35)
 DAEMON_LIFE_S = (4.0, 12.0)
 CLIENT_LIFE_S = (2.0, 8.0)
 EMBEDDED_LIFE_S = (2.0, 6.0)
+PODFLARE = (sys.executable, "-m", "podflare")
+IMAGE_S = 300.0
 TEMPLATE = b'name = "warm"\npreload = ["json", "decimal"]\n'
 
 
@@ -70,6 +74,8 @@ class Stand:
     judge: Judge
     draw: random.Random
     restart_limit_s: float
+    engine: Engine
+    image_dir: Path | None = None
     starts_s: list[float] = field(default_factory=list)
     late: list[tuple[float, float]] = field(default_factory=list)
     """Starts above the limit: how long they took, and what one with nothing to reap took then."""
@@ -81,7 +87,7 @@ class Stand:
         syscalls.set_child_subreaper()
         self._uds = f"{self.folder}/s"
         self._data = self.folder / "d"
-        self._killer = Killer(self.judge, self.draw)
+        self._killer = Killer(self.engine, self.judge, self.draw)
         self._clients: list[Client] = []
         self._count = 0
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PODFLARE_")}
@@ -89,11 +95,17 @@ class Stand:
             (self.folder / name).mkdir(mode=0o711)
         places = {"XDG_RUNTIME_DIR": "r", "XDG_CACHE_HOME": "c", "XDG_DATA_HOME": "c", "TMPDIR": "t"}
         self._environment = {**environment, **{name: str(self.folder / place) for name, place in places.items()}}
-        store = TemplateStore(self.folder / "templates")
-        build(
-            parse(TEMPLATE, self.folder), store, sources=Sources((), no_index=True), again=False,
-            attempt=lambda scratch, built: None, tell=lambda step: None,
-        )  # fmt: skip
+        if self.engine.name == "microvm":
+            folder = str(self.image_dir or default_image_dir(os.environ))
+            words = [*PODFLARE, "image", "build", "--image-dir", folder]
+            subprocess.run(words, check=True, timeout=IMAGE_S, stdout=subprocess.DEVNULL)
+            self._environment["PODFLARE_IMAGE_DIR"] = folder
+        else:
+            store = TemplateStore(self.folder / "templates")
+            build(
+                parse(TEMPLATE, self.folder), store, sources=Sources((), no_index=True), again=False,
+                attempt=lambda scratch, built: None, tell=lambda step: None,
+            )  # fmt: skip
         self._log = open(self.folder / "log", "ab")  # closed by __exit__
         self._start_daemon()
         return self
@@ -121,7 +133,17 @@ class Stand:
 
     def _serve(self, uds: str, data: Path) -> tuple[subprocess.Popen[bytes], float]:
         """A daemon that is ready, and how long that took."""
-        command = [sys.executable, "-m", "podflare", "serve", "--uds", uds, "--announce", "--data-dir", str(data)]
+        command = [
+            *PODFLARE,
+            "serve",
+            "--engine",
+            self.engine.name,
+            "--uds",
+            uds,
+            "--announce",
+            "--data-dir",
+            str(data),
+        ]
         command += ["--template-dir", str(self.folder / "templates"), "--pool-size", str(POOL)]
         start = time.monotonic()
         daemon = subprocess.Popen(
@@ -158,7 +180,7 @@ class Stand:
         self._check_start(self.starts_s[-1])
         self._expect(lambda: [f"process {one.pid} ({one.name})" for one in p.still(family)], REAP_S, "a dead daemon")
         self._expect(
-            lambda: [*(instances & set(os.listdir(self._data / "instances"))), *groups_of(instances)],
+            lambda: [*(instances & set(os.listdir(self._data / "instances"))), *groups_of(instances, self.engine.name)],
             REAP_S, "a dead daemon",
         )  # fmt: skip
 
@@ -171,7 +193,8 @@ class Stand:
     def _start_client(self) -> None:
         self._count += 1
         name = f"c{self._count}"
-        arguments = ["chaos.client", self._uds, name, str(self.draw.randrange(10**9)), "2"]
+        seed = str(self.draw.randrange(10**9))
+        arguments = ["chaos.client", self._uds, name, seed, "2", self.engine.name]
         self._start(name, arguments, [f"{name}a", f"{name}b"])
 
     def _start_embedded(self) -> None:
@@ -246,7 +269,7 @@ class Stand:
         until = time.monotonic() + seconds
         for _ in range(clients):
             self._start_client()
-        if self.judge.calm or number % 2:
+        if self.engine.name == "process" and (self.judge.calm or number % 2):
             self._start_embedded()
         daemon_end, client_end, embedded_end = (
             time.monotonic() + self.draw.uniform(*life) for life in (DAEMON_LIFE_S, CLIENT_LIFE_S, EMBEDDED_LIFE_S)
@@ -312,20 +335,25 @@ class Stand:
         if capacity["sandboxes"] or ready != POOL:
             found.append(f"sandboxes {capacity['sandboxes']}, warm {ready}: {capacity['pool']['problem']}")
         everything = Census().all()
-        counts = dict.fromkeys((p.FAMILY, p.AGENT, p.REPL), 0)
+        counts = dict.fromkeys(self.engine.of_each_sandbox, 0)
         for one in p.below(os.getpid(), everything).values():
-            kind = p.kind_of(one, self._daemon.pid, everything)
+            kind = self.engine.kind_of(one, self._daemon.pid, everything)
             if kind in counts:
                 counts[kind] += 1
-            elif one.state == "Z" or kind not in (p.DAEMON, p.ZYGOTE, p.PRELOAD):
+            elif one.state == "Z" or kind not in self.engine.of_an_idle_daemon:
                 found.append(f"{kind or 'orphan'} {one}")
         found += [f"{count} processes: {kind}" for kind, count in counts.items() if count != ready]
         (instance,) = os.listdir(self._data / "instances")
-        for name, allowed in (("process/machines", ready), ("outputs", 0)):
+        for name, allowed in ((f"{self.engine.name}/machines", ready), ("outputs", 0)):
             inside = os.listdir(self._data / "instances" / instance / name)
             if len(inside) != allowed:
                 found.append(f"{name}: {inside}")
-        return found + [group for groups in groups_by_hierarchy([instance]) if len(groups) != ready for group in groups]
+        return found + [
+            group
+            for groups in groups_by_hierarchy([instance], self.engine.name)
+            if len(groups) != ready
+            for group in groups
+        ]
 
     def _measure(self) -> None:
         now = self.last = Holdings.of(self._daemon.pid)

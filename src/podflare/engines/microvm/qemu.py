@@ -37,6 +37,8 @@ START_TIMEOUT_S = 30.0
 ORDER_TIMEOUT_S = 60.0
 _DEVICES = "devices"
 """File in the VM's directory that QEMU writes device state to."""
+_MONITOR_FAILS = (QMPError, OSError, EOFError, AssertionError)
+"""How the end of a QEMU shows at its monitor: qemu.qmp asserts that the connection lasts which it has just made."""
 
 
 class Qemu:
@@ -210,9 +212,9 @@ class QemuVm:
         try:
             with anyio.fail_after(START_TIMEOUT_S):
                 await self._monitor.connect(monitor)
-        except (QMPError, OSError, EOFError) as exc:
+        except _MONITOR_FAILS as exc:
             monitor.close()
-            raise MachineFailed(f"QEMU did not start: {await self._last_words() or exc}") from exc
+            raise MachineFailed(f"QEMU did not start: {await self._last_words() or str(exc) or 'it ended'}") from exc
 
     async def _last_words(self) -> str:
         with anyio.move_on_after(1):
@@ -224,7 +226,7 @@ class QemuVm:
         try:
             with anyio.fail_after(ORDER_TIMEOUT_S):
                 return await self._monitor.execute(command, arguments or None)
-        except (QMPError, OSError, EOFError) as exc:
+        except _MONITOR_FAILS as exc:
             raise MachineFailed(f"a virtual machine did not obey {command!r}: {exc}") from exc
 
     async def open_channels(self, *, timeout_s: float) -> None:
@@ -291,7 +293,7 @@ class QemuVm:
         asyncio.get_running_loop().remove_reader(self._pidfd)
         os.close(self._pidfd)
         os.close(self._base)
-        with contextlib.suppress(QMPError, OSError, EOFError):
+        with contextlib.suppress(*_MONITOR_FAILS):
             with anyio.fail_after(END_TIMEOUT_S):
                 await self._monitor.disconnect()
         for sock in self._sockets:
