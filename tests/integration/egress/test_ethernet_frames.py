@@ -324,6 +324,30 @@ def test_nobody_is_on_the_wire_between_machine_and_gate(played: Callable[..., Pl
     assert vm.silent()
 
 
+@on_tap
+def test_what_a_machine_leaves_to_its_device(played: Callable[..., PlayedVm]) -> None:
+    """Headers of all kinds before frames, as a hostile driver writes them, harm nobody, and not the wire."""
+    vm, neighbour = played(True), played([worlds.WEB])
+    assert isinstance(vm.frames, TapEnd)
+    draw = random.Random(4711)
+    for number in range(500):
+        # struct virtio_net_hdr_v1: flags, kind, length of headers, of segments, where a sum begins and goes, buffers
+        wild = (
+            number % 4,
+            draw.choice((0, 1, 3, 4, 0x81, 255)),
+            *(draw.choice((0, 1, 14, 34, 54, 65535)) for _ in "1234"),
+        )
+        data = bytes(draw.choice((0, 1, 1460, 60_000)))
+        frame = FROM_MACHINE + b"\x08\x00" + tcp(3800 + number % 9, draw.choice((SYN, ACK)), data=data)
+        vm.frames.send(frame, struct.pack("=BBHHHHH", *wild, 0))
+    assert neighbour.ask(3820, "/neighbour").startswith(b"HTTP/1.1 200")
+    again = played([worlds.WEB])
+    assert again.ask(3821, "/again").startswith(b"HTTP/1.1 200")
+    vm.send(tcp(3822, ACK, seq=5, ack=99))
+    while not (Segment(packet).seq == 99 if (packet := vm.receive())[9] == packets.TCP else False):
+        pass
+
+
 def test_where_it_cannot_be_made(portal: BlockingPortal) -> None:
     """A network that cannot be made is refused with what the system said, and nothing of it is left."""
     outpost = Outpost("tap", "no/name", "0", count=3)

@@ -26,8 +26,6 @@ VALUE = "sk-on-a-tap"
 TRY = f"""
 found["allowed"] = fetch("http://api.example.com/hello")[:3]
 found["direct"] = fetch("http://api.example.com/hello", direct=True)[:3]
-found["tls"] = fetch("https://api.example.com/spend", {{"X-Token": os.environ["TOKEN"]}})[:3]
-found["token"] = os.environ["TOKEN"]
 found["evil"] = fetch("http://evil.example/")
 found["lookup"] = attempt(lambda: socket.gethostbyname("evil.example"))
 found["raw"] = connect({worlds.WEB!r}, 80)
@@ -38,6 +36,10 @@ def datagram():
 found["datagram"] = attempt(datagram)
 found["interfaces"] = sorted(os.listdir("/sys/class/net"))
 """
+SPEND = """
+found["tls"] = fetch("https://api.example.com/spend", {"X-Token": os.environ["TOKEN"]})[:3]
+found["token"] = os.environ["TOKEN"]
+"""
 BULK = f"""
 def there(size):
     with socket.create_connection(({worlds.WEB!r}, 7006), timeout=60) as s:
@@ -47,7 +49,7 @@ def back(size):
         s.sendall(f"{{size}}\\n".encode()); came = 0
         while data := s.recv(1 << 20): came += len(data)
         return str(came)
-found["there"], found["back"] = there(20_000_000), back(20_000_000)
+found["there"], found["back"] = there(10_000_000), back(10_000_000)
 """
 HOLD = f"held = socket.create_connection(({worlds.WEB!r}, 7000), timeout=60)"
 HELD = 'found["held"] = attempt(lambda: str(held.send(b"x")) + str(held.recv(1)))'
@@ -75,21 +77,19 @@ def test_names_secrets_refusals_and_forks(tapped: Networked) -> None:
         run(parent, HOLD)
         [child] = parent.fork()
         with child:
-            for sandbox in (parent, child):
-                found = run(sandbox, TRY)
-                assert [found[what] for what in ("allowed", "direct", "tls")] == ["200"] * 3, found
-                assert found["token"].startswith("podflare-secret-")
-                assert found["evil"].startswith("403 egress to evil.example is not allowed")
-                assert "gaierror" in found["lookup"] and "Connection refused" in found["raw"]
-                for what in ("metadata", "datagram"):
-                    assert "Error" in found[what] and not found[what].startswith("slow"), found
-                assert found["interfaces"] == ["eth0", "lo"]
-                refused = {
-                    (one.host or one.address) for one in sandbox.egress_log().entries if one.verdict == "refused"
-                }
-                assert refused >= {"evil.example", worlds.METADATA, worlds.WEB}
-            assert run(parent, HELD)["held"] == "1b'x'"
-            assert run(child, HELD)["held"].startswith(("ConnectionResetError", "BrokenPipeError"))
+            found = run(parent, f"{SPEND}\n{TRY}\n{HELD}")
+            assert [found[what] for what in ("allowed", "direct", "tls")] == ["200"] * 3, found
+            assert found["evil"].startswith("403 egress to evil.example is not allowed")
+            assert "gaierror" in found["lookup"] and "Connection refused" in found["raw"]
+            for what in ("metadata", "datagram"):
+                assert "Error" in found[what] and not found[what].startswith("slow"), found
+            assert (found["interfaces"], found["held"]) == (["eth0", "lo"], "1b'x'")
+            refused = {one.host or one.address for one in parent.egress_log().entries if one.verdict == "refused"}
+            assert refused >= {"evil.example", worlds.METADATA, worlds.WEB}
+            forked = run(child, f"{SPEND}\n{HELD}")
+            assert (forked["tls"], forked["token"]) == ("200", found["token"])
+            assert forked["token"].startswith("podflare-secret-")
+            assert forked["held"].startswith(("ConnectionResetError", "BrokenPipeError"))
         spent = [dict(one["headers"])["x-token"] for one in tapped.world.requests() if one["target"] == "/spend"]
         assert spent == [VALUE] * 2
 
@@ -97,5 +97,5 @@ def test_names_secrets_refusals_and_forks(tapped: Networked) -> None:
 def test_much_at_a_time(tapped: Networked) -> None:
     """Megabytes go there and come back whole, through buffers in which frames are lost that come too fast."""
     with tapped.sandbox(True) as sandbox:
-        assert run(sandbox, BULK) == {"there": "20000000", "back": "20000000"}
+        assert run(sandbox, BULK) == {"there": "10000000", "back": "10000000"}
         assert os.geteuid() != 0 or "separate_uid" in sandbox.info().isolation
