@@ -46,6 +46,18 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--image-dir", type=Path, metavar="DIR", help="where images of virtual machines are (PODFLARE_IMAGE_DIR)"
     )
+    _add_vm_options(what)
+    what.add_argument(
+        "--pool-size", type=_count, metavar="N", help="warm sandboxes kept ready (process: 4, microvm: 2)"
+    )
+    # For the SDK, which starts a private daemon with them.
+    options.add_argument("--embedded", action="store_const", const=True, help=argparse.SUPPRESS)
+    options.add_argument("--parent-pid", type=_count, help=argparse.SUPPRESS)
+    options.add_argument("--announce", action="store_const", const=True, help=argparse.SUPPRESS)
+    return options
+
+
+def _add_vm_options(what: argparse._ArgumentGroup) -> None:
     what.add_argument(
         "--vmm",
         choices=("auto", "qemu", "firecracker"),
@@ -61,14 +73,6 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--disk-rate-operations", type=_count, metavar="N", help="how often it may do so in a second (no limit)"
     )
-    what.add_argument(
-        "--pool-size", type=_count, metavar="N", help="warm sandboxes kept ready (process: 4, microvm: 2)"
-    )
-    # For the SDK, which starts a private daemon with them.
-    options.add_argument("--embedded", action="store_const", const=True, help=argparse.SUPPRESS)
-    options.add_argument("--parent-pid", type=_count, help=argparse.SUPPRESS)
-    options.add_argument("--announce", action="store_const", const=True, help=argparse.SUPPRESS)
-    return options
 
 
 def _count(text: str) -> int:
