@@ -329,20 +329,24 @@ import asyncio, sys
 from podflare.engines.base import EngineOptions, Limits, MachineSpec
 from podflare.engines.microvm import accelerator
 from podflare.engines.microvm.engine import MicrovmEngine
+from podflare.wire.uplink import Uplink
 accelerator.LOOPS = 1
-data, instance, images, binary = sys.argv[1:]
+data, instance, images, binary, network = sys.argv[1:]
 async def main():
     engine = MicrovmEngine(EngineOptions(data, instance, image_dir=images, vmm="firecracker", firecracker=binary))
     await engine.start()
-    await engine.create(MachineSpec("default", Limits(512 << 20, 4 << 30)), timeout_s=600)
+    uplink = Uplink() if network else None
+    await engine.create(MachineSpec("default", Limits(512 << 20, 4 << 30), uplink=uplink), timeout_s=600)
 asyncio.run(main())
 """
 
 
-async def test_the_daemons_end_is_the_vms_end(programs, folder, image_store, image, no_kvm):
-    """When the daemon is killed the kernel ends its VMMs, whoever they run as; the next start clears their jails."""
+@pytest.mark.parametrize("network", ["", "network"])
+async def test_the_daemons_end_is_the_vms_end(programs, folder, image_store, image, no_kvm, network):
+    """When the daemon is killed the kernel ends its VMMs, whoever they run as, wherever; the next start clears their
+    jails."""
     data = folder / "d"
-    arguments = [str(data), folder.name, str(image_store.root), programs.firecracker]
+    arguments = [str(data), folder.name, str(image_store.root), programs.firecracker, network]
     if not no_kvm:
         pytest.skip("its guest would be up too soon; with KVM test_machines.py has the same for a whole daemon")
     daemon = await asyncio.create_subprocess_exec(sys.executable, "-c", DAEMON, *arguments)
@@ -354,6 +358,8 @@ async def test_the_daemons_end_is_the_vms_end(programs, folder, image_store, ima
         watched = [os.pidfd_open(pid) for pid in firecrackers.tree(daemon.pid)]
         if os.geteuid() == 0:
             assert all(Path(f"/proc/{pid}/status").stat().st_uid == VMM_ID for pid in found)
+        if network:
+            assert all(interfaces(pid) == {"lo", "tap0"} for pid in found)
     finally:
         daemon.kill()
         await daemon.wait()
@@ -368,7 +374,7 @@ async def test_the_daemons_end_is_the_vms_end(programs, folder, image_store, ima
     halves = list((image.directory / "origins").glob("*-*"))
     found = await run_sync(lambda: probe.find("firecracker", programs.firecracker))
     broken = Firecracker(Programs("/bin/false", None, programs.version), Confinement(None))
-    shape = shape_of(LIMITS, cpus=min(MOST_CPUS, os.cpu_count() or 1))
+    shape = shape_of(LIMITS, cpus=min(MOST_CPUS, os.cpu_count() or 1), network=bool(network))
     with pytest.raises(MachineFailed, match="did not start"):
         await Origins(broken, found.machine_key, folder).get(image, shape, LIMITS.disk_bytes)
     assert any(not half.exists() for half in halves)
