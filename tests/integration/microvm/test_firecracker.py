@@ -33,6 +33,7 @@ from podflare.engines.microvm.origins import Origin, Origins
 from podflare.engines.microvm.vmm import NO_LIMIT, BootSource, DiskRate, Drives, SavedVm, Shape
 from podflare.engines.microvm.vsock import connect
 from podflare.errors import DeadlineExceeded, EgressUnavailable, IsolationIncomplete, MachineFailed
+from podflare.wire.uplink import Uplink
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 
@@ -297,15 +298,15 @@ async def test_it_is_chosen_where_it_can_work(programs, folder, image_store, ima
     assert [path.name for path in (folder / "d").iterdir()] == ["machines"]
 
 
-async def test_a_birth_goes_as_far_as_its_guest(programs, folder, image_store, running, image, no_kvm):
-    """A machine is restored, looked at from outside and put into its control group; a guest that does not answer is
-    told in time, and nothing of the machine is left."""
+async def test_a_birth_goes_as_far_as_its_guest(programs, folder, image_store, networked, image, no_kvm):
+    """A machine is restored, with a way out or, as from a snapshot, without, looked at from outside and put into its
+    control group; a guest that does not answer is told in time, and nothing of the machine is left."""
     if not no_kvm:
         pytest.skip("its guest would answer; with KVM every test of virtual machines is about that")
-    origin = Origin.within(folder / "origin", image.rootfs, SHAPE)
+    origin = Origin.within(folder / "origin", image.rootfs, NETWORKED)
     (folder / "origin").mkdir()
-    await running.capture(origin.saved, while_paused=copied)
-    await running.aclose()
+    await networked.capture(origin.saved, while_paused=copied)
+    await networked.aclose()
     origin.disk.touch()
     os.truncate(origin.disk, 16 << 20)
     data = folder / "d"
@@ -313,8 +314,11 @@ async def test_a_birth_goes_as_far_as_its_guest(programs, folder, image_store, r
     await engine.start()
     try:
         nursery, _ = engine._ready()
-        with pytest.raises(DeadlineExceeded, match="listened on port 7000"):
-            await bear(nursery, MachineSpec("default", LIMITS), origin, reseed=True, timeout_s=0.5)
+        asked = replace(nursery, options=replace(nursery.options, require=ENTERED))
+        for uplink in (Uplink(), None):
+            with pytest.raises(DeadlineExceeded, match="listened on port 7000"):
+                spec = MachineSpec("default", LIMITS, uplink=uplink)
+                await bear(asked, spec, origin, reseed=True, timeout_s=0.5)
         required = replace(nursery, options=replace(nursery.options, require=("user_namespace",)))
         with pytest.raises(IsolationIncomplete, match="user_namespace"):
             await bear(required, MachineSpec("default", LIMITS), origin, reseed=True, timeout_s=0.5)
