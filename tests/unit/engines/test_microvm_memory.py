@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from podflare.engines.microvm.memory import Run, copy_sparse, data_runs, own_runs, write_changes
+from podflare.engines.microvm import memory
+from podflare.engines.microvm.memory import Run, copy_sparse, data_runs, own_runs, take_changes, write_changes
 from podflare.errors import MachineFailed
 
 PAGE = 4096
@@ -46,8 +47,11 @@ sys.stdin.read()
 """
 
 
-def test_changes_of_a_living_process(tmp_path: Path) -> None:
-    """What another process wrote to its private mapping is written to a copy; the file below is as it was."""
+@pytest.mark.parametrize("kept_bytes", [memory.KEPT_BYTES, PAGE, 0])
+def test_changes_of_a_living_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept_bytes: int) -> None:
+    """What another process wrote to its private mapping is written to a copy, some of it later; the file below is as
+    it was."""
+    monkeypatch.setattr(memory, "KEPT_BYTES", kept_bytes)
     base = tmp_path / "base"
     base.write_bytes(bytes([7]) * PAGE * 64)
     process = subprocess.Popen(
@@ -57,14 +61,16 @@ def test_changes_of_a_living_process(tmp_path: Path) -> None:
         assert process.stdout is not None and process.stdin is not None
         assert process.stdout.readline() == "ready\n"
         copy_sparse(below.fileno(), copy.fileno())
-        assert write_changes(process.pid, below.fileno(), copy.fileno()) < 30 * PAGE
+        changes = take_changes(process.pid, below.fileno(), copy.fileno())
+        assert sum(len(data) for _, data in changes) == min(3 * PAGE, kept_bytes)
         process.stdin.close()
+        write_changes(changes, copy.fileno())
         copy.seek(0)
         expected = bytearray(base.read_bytes())
         expected[0:5], expected[40 * PAGE : 40 * PAGE + 3], expected[-1] = b"first", b"two", 9
         assert copy.read() == bytes(expected)
     with base.open("rb") as below, pytest.raises(MachineFailed, match="could not be read"):
-        write_changes(os.getpid(), below.fileno(), below.fileno())
+        take_changes(os.getpid(), below.fileno(), below.fileno())
 
 
 def test_holes_stay_holes(tmp_path: Path) -> None:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from podflare.errors import MachineFailed
@@ -20,10 +19,12 @@ _PAGE = 4096
 _ENTRY = 8
 _PRESENT, _SWAPPED, _OF_FILE = 0x80, 0x40, 0x20
 """In the highest byte of an entry: bits 63, 62, 61."""
-_OWN = bytes(value for value in range(256) if value & (_PRESENT | _SWAPPED) and not value & _OF_FILE)
-_OWN_RUNS = re.compile(b"[" + re.escape(_OWN) + b"]+")
-_MAX_GAP = 16
+_IS_OWN = bytes(bool(value & (_PRESENT | _SWAPPED) and not value & _OF_FILE) for value in range(256))
+"""1 for what the highest byte of an anonymous page's entry can be."""
+_MAX_GAP = 2
 """Own pages so near to each other are read at once, with what lies between: a system call costs more."""
+KEPT_BYTES = 64 << 20
+"""Of changes that are written only when the machine goes on; it stands still for the rest."""
 _CHUNK = 4 << 20
 _COPY = 1 << 30
 _FICLONE = 0x40049409
@@ -37,48 +38,67 @@ class Run:
     size: int
 
 
+Change = tuple[int, bytes]
+"""Where in the file, and what is there now."""
+
+
 def own_runs(pagemap: bytes) -> list[Run]:
     """Which pages are anonymous, by the entries of a mapping; near ones joined."""
+    own = pagemap[_ENTRY - 1 :: _ENTRY].translate(_IS_OWN)
     runs: list[Run] = []
-    for found in _OWN_RUNS.finditer(pagemap[_ENTRY - 1 :: _ENTRY]):
-        first, end = found.start() * _PAGE, found.end() * _PAGE
-        if runs and first - (runs[-1].offset + runs[-1].size) <= _MAX_GAP * _PAGE:
-            first = runs.pop().offset
-        runs.append(Run(first, end - first))
+    # Searched byte by byte: several times as fast as by a regular expression, and the machine stands still meanwhile.
+    at = first = own.find(1)
+    while at >= 0:
+        end = own.find(0, at)
+        end = len(own) if end < 0 else end
+        at = own.find(1, end)
+        if at < 0 or at - end > _MAX_GAP:
+            runs.append(Run(first * _PAGE, (end - first) * _PAGE))
+            first = at
     return runs
 
 
-def write_changes(pid: int, base: int, target: int) -> int:
-    """Write what the process `pid` has changed in its private mapping of the file `base` to `target`.
+def take_changes(pid: int, base: int, target: int) -> list[Change]:
+    """Read what the process `pid` has changed in its private mapping of the file `base`, to be written to `target`.
 
     Precondition: the process does not change it meanwhile.
-    Returns: how many bytes.
+    Returns: what is still to be written (`write_changes`), up to KEPT_BYTES: that need not hold the process up.
     Raises: MachineFailed if it is gone, or has no such mapping.
     """
-    written = 0
-    buffer = memoryview(bytearray(_CHUNK))
+    kept: list[Change] = []
+    room = KEPT_BYTES
     try:
         memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
         try:
             for start, size, offset in _mappings(pid, os.fstat(base)):
                 for run in own_runs(_pagemap(pid, start, size)):
-                    _write_run(memory, start, target, offset, run, buffer)
-                    written += run.size
+                    for at in range(run.offset, run.offset + run.size, _CHUNK):
+                        change = offset + at, _read(memory, start + at, min(_CHUNK, run.offset + run.size - at))
+                        room -= len(change[1])
+                        if room >= 0:
+                            kept.append(change)
+                        else:
+                            write_changes([change], target)
         finally:
             os.close(memory)
     except OSError as exc:
         raise MachineFailed(f"the memory of a virtual machine could not be read: {exc}") from exc
-    return written
+    return kept
 
 
-def _write_run(memory: int, start: int, target: int, offset: int, run: Run, buffer: memoryview) -> None:
-    done = 0
-    while done < run.size:
-        got = os.preadv(memory, [buffer[: run.size - done]], start + run.offset + done)
-        if not got:
-            raise OSError(errno.EIO, "a part of the memory is gone")
-        os.pwrite(target, buffer[:got], offset + run.offset + done)
-        done += got
+def _read(memory: int, at: int, size: int) -> bytes:
+    data = os.pread(memory, size, at)
+    if len(data) < size:
+        raise OSError(errno.EIO, "a part of the memory is gone")
+    return data
+
+
+def write_changes(changes: Iterable[Change], target: int) -> None:
+    """Raises: OSError."""
+    for offset, data in changes:
+        done = 0
+        while done < len(data):
+            done += os.pwrite(target, data[done:] if done else data, offset + done)
 
 
 def _mappings(pid: int, file: os.stat_result) -> list[tuple[int, int, int]]:

@@ -250,11 +250,16 @@ class QemuVm:
                 try:
                     await self._order("stop")
                     await while_paused()
-                    await self._order("xen-save-devices-state", filename=_DEVICES, live=False)
-                    await loop.run_in_executor(None, memory.write_changes, self.pid, self._base, target)
+                    # Beside each other: saving devices changes nothing of the memory.
+                    taking = loop.run_in_executor(None, memory.take_changes, self.pid, self._base, target)
+                    try:
+                        await self._order("xen-save-devices-state", filename=_DEVICES, live=False)
+                    finally:
+                        changes = await taking
                 finally:
                     await self._order("cont")
                 pause_s = time.monotonic() - start_s
+                await loop.run_in_executor(None, memory.write_changes, changes, target)
             finally:
                 os.close(target)
             await loop.run_in_executor(None, shutil.move, self._directory / _DEVICES, to.devices)
