@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from podflare.engines.process.ancestry import MAX_HISTORY, Fork, History, common_base, is_base, lengthened
+from podflare.engines.ancestry import MAX_HISTORY, Fork, History, common_base, is_base, lengthened
 
 
 @given(

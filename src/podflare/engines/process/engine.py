@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from podflare.engines.base import Behaviour, Capability, EngineOptions, EngineReport, Limits, MachineSpec, Snapshot
+from podflare.engines.kinship import Kinship
 from podflare.engines.linux import cgroups, seccomp
 from podflare.engines.linux.ending import remove_tree
 from podflare.engines.linux.waiting import make_owned, run_to_end, wait_readable
@@ -28,7 +29,7 @@ from podflare.engines.process.facts import NO_TUNNELS, HostFacts, read_facts
 from podflare.engines.process.fork import fork_machine
 from podflare.engines.process.layers import Layers, take_away
 from podflare.engines.process.machine import NO_SNAPSHOTS, ProcessMachine, empty_machine
-from podflare.engines.process.merge import Kinship, ProcessFileMerge
+from podflare.engines.process.merge import ProcessFileMerge
 from podflare.engines.process.plan import plan_machine
 from podflare.engines.process.templates import Zygotes
 from podflare.errors import (
@@ -212,7 +213,7 @@ class ProcessEngine:
             nursery, self._layers, parent, _hostname(), reseed=reseed_copy, timeout_s=timeout_s
         )
         self._take_in(copy)
-        self._kin.born(parent, (copy,))
+        self._kin.born(parent, (copy,), copy.parts.layers)
         if count == 1:
             return (copy,)
         # Copied once, forked n times: the children share the copy's memory.
@@ -236,7 +237,7 @@ class ProcessEngine:
             child.parent, child.depth = parent, parent.depth + 1
             parent.nested.add(child)
             self._take_in(child)
-        self._kin.born(parent, children)
+        self._kin.born(parent, children, children[0].parts.layers)
         return tuple(children)
 
     async def _discard(self, *machines: ProcessMachine) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from dataclasses import dataclass
-from pathlib import Path
 
+from podflare.engines.kinship import CountedFolders
 from podflare.engines.linux.ending import remove_tree
 from podflare.engines.process.machine import Parts, end_parts
 
@@ -35,18 +34,8 @@ def plan_capture(layer: str, parents: tuple[str, ...]) -> Capture:
     return Capture(layer, parents, (layer,), (layer, *parents))
 
 
-class Layers:
+class Layers(CountedFolders):
     """The layers below one machines directory.  Each is removed with its last user."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._users: dict[str, int] = {}
-
-    def new(self) -> str:
-        """Name of a layer that is to be filled; not counted yet.  The caller retains it."""
-        name = f"l{secrets.token_hex(7)}"
-        self._users[name] = 0
-        return name
 
     def begin(self, parents: tuple[str, ...]) -> Capture:
         """A capture that is to be made.  The caller is one user of all that it holds until `end`."""
@@ -59,30 +48,6 @@ class Layers:
         for name in self.give_back(capture.held):
             # The parent was closed meanwhile, and nobody needs what was merged.
             asyncio.get_running_loop().run_in_executor(None, remove_tree, self.path(name))
-
-    def path(self, name: str) -> Path:
-        return self._root / name
-
-    def retain(self, names: tuple[str, ...]) -> None:
-        """Raises: KeyError if one of them is not there any more; then none is retained."""
-        if not self._users.keys() >= set(names):
-            raise KeyError(names)
-        for name in names:
-            self._users[name] += 1
-
-    def give_back(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """One user less of each; the ones that nobody uses any more are the caller's to `remove`."""
-        for name in names:
-            self._users[name] -= 1
-        unused = tuple(name for name in names if self._users[name] <= 0)
-        for name in unused:
-            del self._users[name]
-        return unused
-
-    async def release(self, names: tuple[str, ...]) -> None:
-        """One user less of each; unused ones are removed."""
-        for name in self.give_back(names):
-            await asyncio.get_running_loop().run_in_executor(None, remove_tree, self.path(name))
 
 
 async def take_away(parts: Parts, layers: Layers) -> None:

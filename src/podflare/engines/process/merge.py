@@ -1,7 +1,7 @@
 """Three-way merge of files into a living machine: ordered from a family, whose process looks, stages, renames.
 
-The daemon itself opens nothing that user code made.  Here is also what machines have in common, for as long as they
-live: which forks they came through, and for pairs that were merged a layer with what came over (mergebase.py).
+The daemon itself opens nothing that user code made.  What two machines have in common is a matter of layers
+(engines/kinship.py); of a pair that was merged, one with what came over (mergebase.py).
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import asyncio
 import json
 import os
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import anyio
 
 from podflare.engines.base import FileConflict, FilesPlan
+from podflare.engines.kinship import Kinship
 from podflare.engines.linux.waiting import wait_readable
-from podflare.engines.process.ancestry import Fork, History, common_base, is_base, lengthened
 from podflare.engines.process.birth import Nursery, make_directory
 from podflare.engines.process.layers import Layers
 from podflare.engines.process.machine import ProcessMachine
@@ -35,76 +35,6 @@ GRACE_S = 2.0
 """So much later than the process itself gives up, it is given up."""
 WORTH_A_LOOK_BYTES = 1024 * 1024
 """Less than this may come over without a look at what the machine has written already."""
-
-
-class Kinship:
-    """What the living machines of one engine have in common."""
-
-    def __init__(self, layers: Layers) -> None:
-        self._layers = layers
-        self._forks = 0
-        self._histories: dict[str, History] = {}
-        """Of the living ones that are forks or have been forked."""
-        self._kept: dict[int, Fork] = {}
-        """Forks whose layers are used here, as all of their own children are closed."""
-        self._merged: dict[frozenset[str], str] = {}
-        """Of two machines that were merged: the layer that goes on top of their base."""
-
-    def born(self, parent: ProcessMachine, children: Iterable[ProcessMachine]) -> None:
-        """A fork was made.  What the parent has been merged with, its children have been."""
-        self._forks += 1
-        history = self._histories.get(parent.id, ())
-        if not parent.is_closed:  # else it is gone already, and would be remembered for ever
-            self._histories[parent.id] = history
-        partners = [(pair - {parent.id}, layer) for pair, layer in self._merged.items() if parent.id in pair]
-        for child in children:
-            fork = Fork(self._forks, parent.id, child.parts.layers)
-            self._histories[child.id] = lengthened(history, fork)
-            for partner, layer in partners:
-                self._layers.retain((layer,))
-                self._merged[partner | {child.id}] = layer
-
-    def base_of(self, ours: ProcessMachine, theirs: ProcessMachine) -> tuple[tuple[str, ...], str | None]:
-        """The layers of the base without that of their latest merge, and that one.  The caller releases them all.
-
-        Raises: Conflict if the base is not there any more.
-        """
-        former = self._merged.get(frozenset((ours.id, theirs.id)))
-        histories = (self._histories.get(machine.id, ()) for machine in (ours, theirs))
-        base = common_base(ours.id, next(histories), theirs.id, next(histories))
-        try:
-            if base is None:
-                raise KeyError
-            self._layers.retain(tuple(name for name in (former, *base) if name))
-        except KeyError:
-            text = "what these two sandboxes were when they were last one is not kept any more: they cannot be merged"
-            raise Conflict(text) from None
-        return base, former
-
-    async def merged(self, ours: ProcessMachine, theirs: ProcessMachine, layer: str) -> None:
-        """A merge was kept: the pair's base moves on.  Takes over the caller's use of the layer."""
-        pair = frozenset((ours.id, theirs.id))
-        former = self._merged.pop(pair, None)
-        if not (ours.is_closed or theirs.is_closed):
-            self._merged[pair] = layer
-        else:
-            await self._layers.release((layer,))
-        if former is not None:
-            await self._layers.release((former,))
-
-    async def gone(self, machine: ProcessMachine) -> None:
-        """A machine is closed: nothing can be merged with it any more.  Its own layers are still there."""
-        history = self._histories.pop(machine.id, ())
-        if history and history[0].number not in self._kept and is_base(history[0], self._histories):
-            self._layers.retain(history[0].layers)
-            self._kept[history[0].number] = history[0]
-        # All are found before the first is waited for: another machine may go meanwhile.
-        unneeded = [fork for fork in self._kept.values() if not is_base(fork, self._histories)]
-        for fork in unneeded:
-            del self._kept[fork.number]
-        pairs = [self._merged.pop(pair) for pair in list(self._merged) if machine.id in pair]
-        for layers in [*(fork.layers for fork in unneeded), *((layer,) for layer in pairs)]:
-            await self._layers.release(layers)
 
 
 class ProcessFileMerge:

@@ -103,8 +103,11 @@ def mark_of_status(status: os.stat_result, target: Optional[str]) -> Mark:
 class ThreeWay:
     """One plan on its way: `overlay` for each part of what is to be merged, then read `units` and `skipped`."""
 
-    def __init__(self, base: Sequence[str], ours: Sequence[str], theirs: Sequence[str]) -> None:
-        """Args: names of the layers of each, topmost first."""
+    def __init__(
+        self, base: Sequence[str], ours: Sequence[str], theirs: Sequence[str], *, text_bytes: int = MAX_TEXT_BYTES
+    ) -> None:
+        """Args: names of the layers of each, topmost first; how much merged text is held."""
+        self._max_text_bytes = text_bytes
         self.chains = (tuple(base), tuple(ours), tuple(theirs))
         self._changed = shared_layers(base, theirs)
         self._own = shared_layers(base, ours)
@@ -283,8 +286,10 @@ class ThreeWay:
     def _held(self, lines: List[str]) -> bytes:
         data = "".join(lines).encode()
         self._text_bytes += len(data)
-        if self._text_bytes > MAX_TEXT_BYTES:
-            raise TooMuch(f"more than {MAX_TEXT_BYTES >> 20} MiB of text to merge by lines; merge fewer directories")
+        if self._text_bytes > self._max_text_bytes:
+            raise TooMuch(
+                f"more than {self._max_text_bytes >> 20} MiB of text to merge by lines; merge fewer directories"
+            )
         return data
 
     @staticmethod

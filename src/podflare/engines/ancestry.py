@@ -1,7 +1,7 @@
 """What two machines were when they were last one: the base of a merge.  Pure.
 
-A machine's history is the list of forks that its state came through.  A fork captures its parent's files in a layer
-below its children; the parent itself goes on, so it has that moment in no layer of its own, only its children have.
+A machine's history is the list of forks that its state came through.  A fork keeps its parent's files of that moment in
+layers; the parent itself goes on.  What a layer is is the engine's business.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Fork:
     parent: str
     """The machine that was forked."""
     layers: tuple[str, ...]
-    """What shows its files at that moment, topmost first."""
+    """Names of what shows its files at that moment, topmost first."""
 
 
 History = tuple[Fork, ...]
