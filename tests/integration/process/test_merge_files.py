@@ -10,6 +10,7 @@ import pytest
 from podflare.engines.process.layers import MAX_CHAIN
 from podflare.errors import Conflict, MachineFailed
 
+pytestmark = pytest.mark.any_engine
 PATHS = ("/root", "/tmp")
 
 
@@ -188,6 +189,7 @@ def test_the_base_of_relatives(parent, fork):
     assert merge(late, grandchild).merged == ["/root/e", "/root/g", "/root/p"]
 
 
+@pytest.mark.process_engine("of virtual machines a fork's whole state is kept")
 def test_the_base_outlives_layers_that_became_one(parent, fork, engine):
     """Two lines of more generations than are stacked still know what both were, and let go of it with their ends."""
     before = set(os.listdir(engine._machines_dir))

@@ -14,7 +14,7 @@ from podflare.engines.linux.cgroups import Cgroup, Cgroups
 from podflare.engines.linux.waiting import to_the_end
 from podflare.engines.microvm.clocks import tell_time
 from podflare.engines.microvm.confinement import Confinement
-from podflare.engines.microvm.control import NO_NETWORK, renew
+from podflare.engines.microvm.control import NO_NETWORK, hold_still, renew
 from podflare.engines.microvm.disks import copy_disk
 from podflare.engines.microvm.landing import Landing
 from podflare.engines.microvm.machine import MicrovmMachine, end, vmm_limits
@@ -42,11 +42,20 @@ class Nursery:
 
 
 async def bear(
-    nursery: Nursery, spec: MachineSpec, origin: Origin, *, reseed: bool, timeout_s: float, forked: bool = False
+    nursery: Nursery,
+    spec: MachineSpec,
+    origin: Origin,
+    *,
+    reseed: bool,
+    timeout_s: float,
+    forked: bool = False,
+    still: bool = False,
 ) -> MicrovmMachine:
     """A machine that goes on from `origin`, with Ready unread.
 
-    Args: forked: with a way out in `spec`, `origin` has been told of one like it already.
+    Args:
+        forked: with a way out in `spec`, `origin` has been told of one like it already.
+        still: only its first process goes on, to be asked what there is; the guest is not made another one.
     Raises: MachineFailed, IsolationIncomplete, EgressUnavailable, DeadlineExceeded, OSError.  Nothing of it is left.
     If cancelled: nothing of it is left.
     """
@@ -70,6 +79,9 @@ async def bear(
         machine = MicrovmMachine(machine_id, spec, vm, origin, directory, group, landing)
         await machine.open_uplink()
         machine.walls = walls_of(nursery, vm)
+        if still:
+            await hold_still(vm, machine.control, timeout_s=timeout_s)
+            return machine
         await vm.resume()
         network = network_order(spec, forked=forked)
         await renew(vm, machine.control, hostname=spec.hostname, reseed=reseed, network=network, timeout_s=timeout_s)

@@ -173,13 +173,37 @@ async def rejoin(vm: Vm, control: Control, *, timeout_s: float) -> None:
     await _begin_anew(vm, control, lambda token: {"rejoined": {"token": token}}, timeout_s)
 
 
-async def _begin_anew(vm: Vm, control: Control, order: Callable[[str], dict[str, Any]], timeout_s: float) -> None:
+async def hold_still(vm: Vm, control: Control, *, timeout_s: float) -> None:
+    """Have nothing run on in a VM that was just restored but its first process; nobody can speak with its guest.
+
+    Precondition: it does not go on yet, or its channels do not survive that.
+    Raises: MachineFailed; DeadlineExceeded.
+    """
+    order = {"freeze": True}
+    if vm.channels_survive:
+        # Under way before the VM moves: then it is the first thing that happens in it.
+        asked = asyncio.ensure_future(control.ask(order, timeout_s=timeout_s))
+        try:
+            await asyncio.sleep(0)
+            await vm.resume()
+            await asked
+        finally:
+            asked.cancel()
+        return
+    await vm.resume()
+    async with control.quiet():
+        await _begin_anew(vm, control, lambda token: order, timeout_s, with_guest=False)
+
+
+async def _begin_anew(
+    vm: Vm, control: Control, order: Callable[[str], dict[str, Any]], timeout_s: float, *, with_guest: bool = True
+) -> None:
     ends_s = time.monotonic() + timeout_s
     for number, try_s in enumerate(TRY_TIMEOUTS_S, 1):
         left_s = ends_s - time.monotonic()
         last = vm.channels_survive or number == len(TRY_TIMEOUTS_S) or left_s <= try_s
         try:
-            await _try_anew(vm, control, order, left_s if last else try_s)
+            await _try_anew(vm, control, order, left_s if last else try_s, with_guest=with_guest)
             return
         except (MachineFailed, DeadlineExceeded):
             # A guest that hears of the end of all its connections after it has taken a new one ends that, too.
@@ -187,13 +211,17 @@ async def _begin_anew(vm: Vm, control: Control, order: Callable[[str], dict[str,
                 raise
 
 
-async def _try_anew(vm: Vm, control: Control, order: Callable[[str], dict[str, Any]], timeout_s: float) -> None:
+async def _try_anew(
+    vm: Vm, control: Control, order: Callable[[str], dict[str, Any]], timeout_s: float, *, with_guest: bool
+) -> None:
     token = secrets.token_bytes(TOKEN_BYTES)
     ends_s = time.monotonic() + timeout_s
     if not vm.channels_survive:
         await vm.open_channels(timeout_s=timeout_s)
         control.move(vm.control)
     await control.ask_in_quiet(order(token.hex()), timeout_s=max(0.01, ends_s - time.monotonic()))
+    if not with_guest:
+        return
     try:
         # Not sooner: until then what comes is for the agent.
         await asyncio.get_running_loop().sock_sendall(vm.channel, token)

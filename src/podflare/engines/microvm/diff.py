@@ -19,8 +19,10 @@ from typing import Any
 import anyio
 
 from podflare.engines.microvm import patches
+from podflare.engines.microvm.control import Control
 from podflare.engines.microvm.machine import MicrovmMachine
-from podflare.errors import Conflict, DeadlineExceeded, MachineFailed, TooLarge
+from podflare.engines.microvm.origins import check_same_image
+from podflare.errors import DeadlineExceeded, MachineFailed, TooLarge
 from podflare.wire.api import Diff, PathChange
 
 KINDS = ("file", "directory", "link", "fifo", "socket", "device")
@@ -55,14 +57,13 @@ async def compare_machines(
     before: MicrovmMachine, after: MicrovmMachine, paths: tuple[str, ...], *, detail: bool, timeout_s: float
 ) -> Diff:
     """See engines.base.Machine.diff."""
-    if before.root != after.root:
-        raise Conflict("the two sandboxes were started from different images")
-    outermost = _outermost(paths)
-    if len(json.dumps(outermost)) > MAX_ORDER_BYTES:
+    check_same_image(before.root, after.root)
+    wanted = outermost(paths)
+    if len(json.dumps(wanted)) > MAX_ORDER_BYTES:
         raise TooLarge(f"the paths to compare are too long: more than {MAX_ORDER_BYTES >> 10} KiB together")
     try:
         with anyio.fail_after(timeout_s):
-            return await _compare(before, after, outermost, detail, timeout_s)
+            return await _compare(before, after, wanted, detail, timeout_s)
     except TimeoutError:
         raise DeadlineExceeded(f"the sandboxes' files were not compared within {timeout_s:g} s") from None
 
@@ -70,12 +71,14 @@ async def compare_machines(
 async def _compare(
     before: MicrovmMachine, after: MicrovmMachine, paths: list[str], detail: bool, timeout_s: float
 ) -> Diff:
-    one, other = await asyncio.gather(*(_manifest(machine, paths, timeout_s) for machine in (before, after)))
+    one, other = await asyncio.gather(*(list_files(machine.control, paths, timeout_s) for machine in (before, after)))
     common = [path for path in one if path in other]
-    same = await _same_content(before, after, [path for path in common if _unsure(one[path], other[path])], timeout_s)
+    same = await same_content(
+        before.control, after.control, [path for path in common if unsure(one[path], other[path])], timeout_s
+    )
     added = sorted(path for path in other if path not in one)
     removed = sorted(path for path in one if path not in other)
-    modified = sorted(path for path in common if not (path in same or _alike(one[path], other[path])))
+    modified = sorted(path for path in common if not (path in same or alike(one[path], other[path])))
     details: dict[str, PathChange] | None = None
     if detail:
         pairs = {path: (one.get(path), other.get(path)) for path in (*added, *removed, *modified)}
@@ -84,20 +87,22 @@ async def _compare(
     return Diff(tuple(added), tuple(removed), tuple(modified), details)
 
 
-def _alike(one: Entry, other: Entry) -> bool:
+def alike(one: Entry, other: Entry) -> bool:
+    """Whether they are certainly the same, without a look at contents."""
     if (one.kind, one.mode, one.mark) != (other.kind, other.mode, other.mark) or "?" in (one.mark, other.mark):
         return False
     return one.kind != "file" or one.size == other.size
 
 
-def _unsure(one: Entry, other: Entry) -> bool:
+def unsure(one: Entry, other: Entry) -> bool:
     """Whether only a look at the contents tells."""
     files = one.kind == other.kind == "file"
     return files and (one.mode, one.size) == (other.mode, other.size) and one.mark != other.mark
 
 
-async def _manifest(machine: MicrovmMachine, paths: list[str], timeout_s: float) -> dict[str, Entry]:
-    answer = await machine.control.ask({"manifest": {"paths": paths}}, timeout_s=timeout_s)
+async def list_files(control: Control, paths: list[str], timeout_s: float) -> dict[str, Entry]:
+    """All below the paths, and they themselves.  Raises: TooLarge, MachineFailed, DeadlineExceeded."""
+    answer = await control.ask({"manifest": {"paths": paths}}, timeout_s=timeout_s)
     if "too_much" in answer:
         raise TooLarge(f"the sandboxes' files could not be compared: {str(answer['too_much'])[:300]}")
     rows = answer.get("manifest")
@@ -127,7 +132,8 @@ def read_row(row: object) -> tuple[str, Entry]:
     raise MachineFailed(f"a virtual machine told of a file what cannot be: {row!r:.200}")
 
 
-def _outermost(paths: tuple[str, ...]) -> list[str]:
+def outermost(paths: tuple[str, ...]) -> list[str]:
+    """Without those that lie below others."""
     found: list[str] = []
     for path in sorted(set(paths)):
         if not any(path == known or path.startswith(known.rstrip("/") + "/") for known in found):
@@ -135,26 +141,26 @@ def _outermost(paths: tuple[str, ...]) -> list[str]:
     return found
 
 
-async def _same_content(
-    before: MicrovmMachine, after: MicrovmMachine, paths: list[str], timeout_s: float
-) -> frozenset[str]:
+async def same_content(before: Control, after: Control, paths: list[str], timeout_s: float) -> frozenset[str]:
+    """Those of these files that hold the same, as both say."""
     same: list[str] = []
-    for some in _portions(paths, lambda path: len(json.dumps(path)), MAX_ORDER_BYTES):
-        one, other = await asyncio.gather(*(_told(machine, "digests", some, timeout_s) for machine in (before, after)))
+    for some in portions(paths, lambda path: len(json.dumps(path)), MAX_ORDER_BYTES):
+        one, other = await asyncio.gather(*(_told(control, "digests", some, timeout_s) for control in (before, after)))
         same += [path for path in some if path in one and one[path] == other.get(path)]
     return frozenset(same)
 
 
-async def _told(machine: MicrovmMachine, what: str, paths: list[str], timeout_s: float) -> dict[str, str]:
+async def _told(control: Control, what: str, paths: list[str], timeout_s: float) -> dict[str, str]:
     """Of each path that the machine can say it of, a text."""
-    answer = await machine.control.ask({"manifest": {what: paths}}, timeout_s=timeout_s)
+    answer = await control.ask({"manifest": {what: paths}}, timeout_s=timeout_s)
     told: Any = answer.get(what)
     if not isinstance(told, Mapping):
         return {}
     return {path: text for path in paths if isinstance(text := told.get(path), str) and len(text) <= TEXT_BYTES}
 
 
-def _portions(paths: Iterable[str], cost: Callable[[str], int], most: int) -> Iterator[list[str]]:
+def portions(paths: Iterable[str], cost: Callable[[str], int], most: int) -> Iterator[list[str]]:
+    """Some at a time, of which each costs at most so much together; one that costs more comes alone."""
     some: list[str] = []
     total = 0
     for path in paths:
@@ -178,9 +184,9 @@ async def _patches(
     for side, machine in enumerate((before, after)):
         files = [path for path in wanted if (entry := pairs[path][side]) is not None and entry.kind == "file"]
         size = {path: max(len(path), _size(pairs[path][side]) or 0) + 64 for path in files}
-        for some in _portions(files, lambda path, size=size: size[path], _TEXTS_AT_ONCE_BYTES):  # type: ignore[misc]
-            for few in _portions(some, lambda path: len(json.dumps(path)), MAX_ORDER_BYTES):
-                texts[side].update(await _told(machine, "texts", few, timeout_s))
+        for some in portions(files, lambda path, size=size: size[path], _TEXTS_AT_ONCE_BYTES):  # type: ignore[misc]
+            for few in portions(some, lambda path: len(json.dumps(path)), MAX_ORDER_BYTES):
+                texts[side].update(await _told(machine.control, "texts", few, timeout_s))
     rows = []
     for path in wanted:
         sides = [_text(entry, texts[side].get(path)) for side, entry in enumerate(pairs[path])]

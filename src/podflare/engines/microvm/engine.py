@@ -23,11 +23,14 @@ from podflare.engines.microvm.diff import compare_machines
 from podflare.engines.microvm.fork import fork_machine, mark, save
 from podflare.engines.microvm.images import Images
 from podflare.engines.microvm.machine import MicrovmMachine
-from podflare.engines.microvm.origins import Origins
+from podflare.engines.microvm.merge import MicrovmFileMerge
+from podflare.engines.microvm.origins import Origin, Origins, check_same_image, same_file
+from podflare.engines.microvm.past import Past
 from podflare.engines.microvm.probe import Found
 from podflare.engines.microvm.vmm import Shape
 from podflare.engines.snapshots import SnapshotStore
 from podflare.errors import (
+    Conflict,
     DeadlineExceeded,
     IsolationIncomplete,
     MachineFailed,
@@ -103,6 +106,8 @@ class MicrovmEngine:
         self._machine_key = ""
         self._cpus = 1
         self._machines: set[MicrovmMachine] = set()
+        self._past = Past(self._data / "machines")
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._booting: set[asyncio.Task[Any]] = set()
         self._clocks: asyncio.Task[None] | None = None
 
@@ -125,6 +130,7 @@ class MicrovmEngine:
         if found.vmm is None:
             raise IsolationIncomplete(f"the microvm engine cannot work here: {found.detail}")
         self.how = found.detail
+        self._loop = asyncio.get_running_loop()
         machines_dir = self._data / "machines"
         # VMMs enter with their own id; names are random, and what is in them is theirs.
         machines_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
@@ -160,6 +166,8 @@ class MicrovmEngine:
 
     def remove_snapshot(self, name: str) -> None:
         self._saved.remove(name)
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._past.snapshot_removed, name)  # this runs in a thread
 
     async def _make(
         self, making: Coroutine[Any, Any, tuple[MicrovmMachine, ...]], timeout_s: float, what: str
@@ -197,12 +205,17 @@ class MicrovmEngine:
         nursery, _ = self._ready()
         kept = await asyncio.get_running_loop().run_in_executor(None, self._saved.get, name)
         origin = saved.origin_of(kept, self._machine_key)
-        return (self._take_in(await bear(nursery, kept.about.spec, origin, reseed=True, timeout_s=timeout_s)),)
+        moment = await self._past.hold_snapshot(name, origin)
+        machine = self._take_in(await bear(nursery, kept.about.spec, origin, reseed=True, timeout_s=timeout_s))
+        if moment is not None:
+            self._past.kin.goes_on(moment, (machine,))
+        return (machine,)
 
     def _take_in(self, machine: MicrovmMachine) -> MicrovmMachine:
         self._machines.add(machine)
-        machine.on_close = self._machines.discard
+        machine.on_close = self._forget
         machine.on_fork = self._fork
+        machine.on_merge = self._merge_files
         machine.on_snapshot = self._snapshot
         machine.on_diff = compare_machines
         machine.watch()
@@ -213,10 +226,35 @@ class MicrovmEngine:
     ) -> tuple[MicrovmMachine, ...]:
         async def bear_children() -> tuple[MicrovmMachine, ...]:
             nursery, _ = self._ready()
-            children = await fork_machine(nursery, parent, count, reseed=reseed, timeout_s=timeout_s)
-            return tuple(self._take_in(child) for child in children)
+            with self._past.held() as name:
+                folder = self._past.folders.path(name)
+                children = await fork_machine(nursery, parent, folder, count, reseed=reseed, timeout_s=timeout_s)
+                # Nothing waits from here on, or a cancellation lost the children.
+                for child in children:
+                    self._take_in(child)
+                self._past.born(parent, children, name)
+            return children
 
         return await self._make(bear_children(), timeout_s, "the fork")
+
+    async def _forget(self, machine: MicrovmMachine) -> None:
+        self._machines.discard(machine)
+        await self._past.gone(machine)
+
+    async def _merge_files(
+        self, ours: MicrovmMachine, theirs: MicrovmMachine, paths: tuple[str, ...], timeout_s: float
+    ) -> MicrovmFileMerge:
+        nursery, origins = self._ready()
+        check_same_image(ours.root, theirs.root)
+
+        async def template() -> Origin:
+            """What machines are that nothing has happened to."""
+            image = await asyncio.get_running_loop().run_in_executor(None, self._images.take, ours.spec.template)
+            if not same_file(image.rootfs, ours.root):
+                raise Conflict("their template has another image by now: nothing tells which of the two changed a file")
+            return await origins.get(image, ours.shape, disk_bytes_of(ours.spec.limits))
+
+        return await MicrovmFileMerge.begin(nursery, self._past, template, ours, theirs, paths, timeout_s)
 
     async def _snapshot(self, machine: MicrovmMachine, name: str, note: Mapping[str, Any], timeout_s: float) -> None:
         async def keep() -> tuple[MicrovmMachine, ...]:
@@ -229,6 +267,7 @@ class MicrovmEngine:
                 async def publish() -> None:
                     more = saved.more(origin, self._machine_key)
                     await loop.run_in_executor(None, keeping.publish, machine.spec, note, more)
+                    self._past.snapshot_taken(name, machine)
 
                 await to_the_end(publish())
             return ()
@@ -242,6 +281,7 @@ class MicrovmEngine:
         if tasks:
             await asyncio.wait(tasks)
         await _discard(list(self._machines))
+        await self._past.aclose()
         self._images.release()
         nursery, self._nursery = self._nursery, None
         if nursery is not None and nursery.cgroups.version:

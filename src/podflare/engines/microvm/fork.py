@@ -14,7 +14,6 @@ from pathlib import Path
 
 import anyio
 
-from podflare.engines.linux.ending import remove_tree
 from podflare.engines.linux.waiting import to_the_end
 from podflare.engines.microvm.birth import Nursery, bear
 from podflare.engines.microvm.clocks import tell_time
@@ -31,14 +30,14 @@ AT_A_TIME = 4
 
 
 async def fork_machine(
-    nursery: Nursery, parent: MicrovmMachine, count: int, *, reseed: bool, timeout_s: float
+    nursery: Nursery, parent: MicrovmMachine, folder: Path, count: int, *, reseed: bool, timeout_s: float
 ) -> tuple[MicrovmMachine, ...]:
     """All or none.  Precondition: no cell runs in the parent.
 
+    Args: folder: exists, empty, for what the parent is now; the caller's to remove: children hold what they need of it.
     Raises: as `save` and `bear`.  If cancelled: no child exists.
     """
     await mark(parent, timeout_s=timeout_s)
-    folder = nursery.machines_dir / f"state-{secrets.token_hex(8)}"
     origin = Origin.within(folder, parent.root, parent.shape)
     children: list[MicrovmMachine] = []
     room = anyio.Semaphore(AT_A_TIME)
@@ -55,18 +54,13 @@ async def fork_machine(
             scope.cancel()
 
     try:
-        try:
-            folder.mkdir(mode=0o700)
-            await save(parent, origin)
-            async with anyio.create_task_group() as tasks:
-                for _ in range(count):
-                    tasks.start_soon(bear_one, tasks.cancel_scope)
-            if failures:
-                raise failures[0]
-        finally:
-            # Those that go on from it hold what they need of it.
-            await to_the_end(_remove(folder))
-    except BaseException:  # also a cancellation that came in the clean-up, when the children were complete
+        await save(parent, origin)
+        async with anyio.create_task_group() as tasks:
+            for _ in range(count):
+                tasks.start_soon(bear_one, tasks.cancel_scope)
+        if failures:
+            raise failures[0]
+    except BaseException:
         await to_the_end(_close(children))
         raise
     return tuple(children)
@@ -79,10 +73,6 @@ async def mark(machine: MicrovmMachine, *, timeout_s: float) -> None:
     If cancelled: once it is done; a cell that comes meanwhile would be one too many for the guest.
     """
     await to_the_end(machine.control.ask({"mark": True}, timeout_s=min(timeout_s, MARK_TIMEOUT_S)))
-
-
-async def _remove(folder: Path) -> None:
-    await asyncio.get_running_loop().run_in_executor(None, remove_tree, folder)
 
 
 async def _close(machines: Sequence[MicrovmMachine]) -> None:

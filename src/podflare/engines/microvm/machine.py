@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from podflare.engines.microvm.control import Control
 from podflare.engines.microvm.landing import Landing
 from podflare.engines.microvm.origins import Origin
 from podflare.engines.microvm.vmm import Shape, Vm
-from podflare.errors import MachineFailed, NotBuilt, PodflareError
+from podflare.errors import MachineFailed, PodflareError
 from podflare.wire.api import Diff
 
 USAGE_TIMEOUT_S = 2.0
@@ -58,10 +58,11 @@ class MicrovmMachine:
         self._landing = landing
         self.pause_s = 0.0
         """How long it stood still when it was last forked or saved."""
-        self.on_close: Callable[[MicrovmMachine], None] | None = None
+        self.on_close: Callable[[MicrovmMachine], Coroutine[Any, Any, None]] | None = None
         self.on_fork: Callable[[MicrovmMachine, int, bool, float], Any] | None = None
         self.on_snapshot: Callable[[MicrovmMachine, str, Mapping[str, Any], float], Any] | None = None
         self.on_diff: Callable[..., Any] | None = None
+        self.on_merge: Callable[[MicrovmMachine, MicrovmMachine, tuple[str, ...], float], Any] | None = None
         self._death: asyncio.Future[Death] = asyncio.get_running_loop().create_future()
         self._closing: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -69,6 +70,11 @@ class MicrovmMachine:
     @property
     def disk(self) -> Path:
         return self.directory / "disk"
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `aclose` has begun."""
+        return self._closing is not None
 
     async def open_uplink(self) -> None:
         """Have `uplink`, where the machine has one.  Raises: EgressUnavailable, DeadlineExceeded."""
@@ -183,10 +189,12 @@ class MicrovmMachine:
         return found
 
     async def merge_files(self, other: Machine, paths: tuple[str, ...], *, timeout_s: float) -> FileMerge:
-        raise NotBuilt(
-            "the microvm engine cannot merge single changes yet; a sandbox can become another one as a whole "
-            "(merge_into)"
-        )
+        if self.on_merge is None or not isinstance(other, MicrovmMachine):
+            raise MachineFailed(f"machine {other.id} is none of this engine")
+        self.check_alive()
+        other.check_alive()
+        merge: FileMerge = await self.on_merge(self, other, paths, timeout_s)
+        return merge
 
     async def wait_dead(self) -> Death:
         return await asyncio.shield(self._death)
@@ -203,7 +211,7 @@ class MicrovmMachine:
         self.uplink = None
         await end(self.vm, self.cgroup, self.directory, self._landing)
         if self.on_close is not None:
-            self.on_close(self)
+            await self.on_close(self)
 
 
 async def end(vm: Vm | None, group: Cgroup | None, directory: Path, landing: Landing | None = None) -> None:

@@ -23,7 +23,7 @@ from podflare.engines.linux.waiting import to_the_end, wait_readable
 from podflare.engines.microvm.disks import copy_disk, make_disk
 from podflare.engines.microvm.image.store import Image
 from podflare.engines.microvm.vmm import BootSource, Drives, SavedVm, Shape, Vm, Vmm
-from podflare.errors import DeadlineExceeded, MachineFailed, TemplateFailed
+from podflare.errors import Conflict, DeadlineExceeded, MachineFailed, TemplateFailed
 
 BOOT_TIMEOUT_S = 180.0
 """Translated (TCG), on a busy computer."""
@@ -45,6 +45,20 @@ class Origin:
     def within(cls, folder: Path, root: Path, shape: Shape) -> Origin:
         """The files of one below `folder`, which exist already or are to be made."""
         return cls(SavedVm(folder / "memory", folder / "devices"), folder / "disk", root, shape)
+
+
+def check_same_image(one: Path, other: Path) -> None:
+    """Args: roots of two machines.  Raises: Conflict if nothing tells what in them is whose."""
+    if not same_file(one, other):
+        raise Conflict("the two sandboxes were started from different images")
+
+
+def same_file(one: Path, other: Path) -> bool:
+    """Also under another name, as snapshots have their image's root."""
+    try:
+        return one == other or one.samefile(other)
+    except OSError:
+        return False
 
 
 class Origins:

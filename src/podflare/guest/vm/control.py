@@ -8,25 +8,31 @@ from __future__ import annotations
 import json
 from typing import Any, Dict, List
 
-MAX_LINE_BYTES = 64 * 1024
+MAX_LINE_BYTES = 2 << 20
+"""Of an order: a part of a merge brings contents of files along."""
 
 
 class Lines:
     """Cuts a stream into lines."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._rest = bytearray()
 
     def feed(self, data: bytes) -> List[bytes]:
         """Lines that are complete now.  A line above the cap is dropped, for it is no order."""
-        *whole, self._rest = (self._rest + data).split(b"\n")
+        if b"\n" not in data:
+            self._rest += data
+            whole: List[bytes] = []
+        else:
+            *whole, rest = (bytes(self._rest) + data).split(b"\n")
+            self._rest = bytearray(rest)
         if len(self._rest) > MAX_LINE_BYTES:
-            self._rest = b""
+            self._rest = bytearray()
         return whole
 
     def forget(self) -> None:
         """The peer is gone; half a line of its has no meaning."""
-        self._rest = b""
+        self._rest = bytearray()
 
 
 def encode(number: Any, body: Dict[str, Any]) -> bytes:

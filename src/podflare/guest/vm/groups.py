@@ -5,13 +5,17 @@ A limit of memory below the machine's own makes the kernel end the REPL and not 
 
 from __future__ import annotations
 
+import errno
 import os
+import time
 from typing import Dict
 
 from podflare.guest import syscalls as sc
 
 _ROOT = "/sys/fs/cgroup"
 _GROUP = f"{_ROOT}/sandbox"
+_FREEZE_TIMEOUT_S = 5.0
+_FREEZE_LOOK_S = 0.001
 
 
 def make() -> None:
@@ -34,6 +38,19 @@ def hide() -> None:
 def limit(memory_bytes: int, processes: int) -> None:
     _write(f"{_GROUP}/memory.max", str(memory_bytes))
     _write(f"{_GROUP}/pids.max", str(processes))
+
+
+def freeze() -> None:
+    """Nothing in it runs on from now.  Raises: OSError if it still does after a while."""
+    _write(f"{_GROUP}/cgroup.freeze", "1")
+    ends_s = time.monotonic() + _FREEZE_TIMEOUT_S
+    while True:
+        with open(f"{_GROUP}/cgroup.events") as events:
+            if "frozen 1" in events.read():
+                return
+        if time.monotonic() > ends_s:
+            raise OSError(errno.EBUSY, "processes of the sandbox run on although they were stopped")
+        time.sleep(_FREEZE_LOOK_S)
 
 
 def usage() -> Dict[str, int]:

@@ -16,7 +16,7 @@ import sys
 from typing import Any, Dict, NoReturn, Optional, Set, Tuple
 
 from podflare.guest.link import Descriptor
-from podflare.guest.vm import confine, control, groups, manifest, network, ports, system
+from podflare.guest.vm import confine, control, groups, manifest, merging, network, ports, system
 
 _ROUNDS = 16
 """Reads of one direction before everything else gets its turn."""
@@ -31,6 +31,8 @@ def main() -> NoReturn:
         system.raise_loopback()
         system.set_names("sandbox", "")
         groups.make()
+        # Before all that runs in the sandbox, however busy that is; what it starts has no part in this.
+        os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
         channel, orders = ports.find(ports.CHANNEL), ports.find(ports.CONTROL)
         line, agents_line = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         confine.start_agent(Descriptor(channel.peer()), agents_line)
@@ -52,6 +54,7 @@ class _Init:
         self._lines = control.Lines()
         self._answers = b""
         self._comparing: Optional[manifest.Job] = None
+        self._merging: Optional[merging.Job] = None
         self._epoll = select.epoll()
         self._watched: Set[Tuple[int, int]] = set()
         wake_r, wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -62,9 +65,10 @@ class _Init:
     def serve(self) -> None:
         """Until the agent is gone."""
         while self._agent_lives():
-            self._watch()
             self._pump_comparison()
+            self._pump_merge()
             more = self._pump_orders()
+            self._watch()
             self._epoll.poll(0 if more else -1)
             self._reap()
 
@@ -81,6 +85,8 @@ class _Init:
         wanted = {(self._wake, 0), (self._line.fileno(), 0)}
         if self._comparing is not None:
             wanted.add((self._comparing.fd, self._comparing.number))
+        if self._merging is not None:
+            wanted.add((self._merging.fileno(), -self._merging.number))
         first, *others = self._orders.descriptors()
         wanted |= {(first, 0), *((fd, self._orders.peers) for fd in others)}
         for fd, _ in wanted - self._watched:
@@ -130,6 +136,14 @@ class _Init:
                 return control.encode(number, {"limited": True})
             if "usage" in order:
                 return control.encode(number, {"usage": groups.usage()})
+            if "merge" in order:
+                if self._merging is None:
+                    self._merging = merging.Job()
+                self._merging.tell(number, line, last="end" in order["merge"])
+                return b""
+            if "freeze" in order:
+                groups.freeze()
+                return control.encode(number, {"frozen": True})
             if "manifest" in order and self._comparing is None:
                 self._comparing = manifest.Job(number, order["manifest"])
                 return b""
@@ -164,6 +178,15 @@ class _Init:
             if result is not None:
                 self._answers += control.encode(self._comparing.number, result)
                 self._comparing = None
+
+    def _pump_merge(self) -> None:
+        while self._merging is not None:
+            answers = self._merging.hear()
+            if answers is None:
+                return
+            self._answers += answers
+            if self._merging.ended:
+                self._merging = None
 
     def _reap(self) -> None:
         try:

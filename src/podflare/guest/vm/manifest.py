@@ -14,6 +14,7 @@ import os
 import stat
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
+from podflare.guest.vm import contents
 from podflare.guest.vm.system import files_are_mapped
 
 MAX_ENTRIES = 200_000
@@ -79,6 +80,8 @@ def _work(order: Dict[str, Any]) -> Dict[str, Any]:
     try:
         if "texts" in order:
             return {"texts": {path: text for path in order["texts"] if (text := _text(path)) is not None}}
+        if "contents" in order:
+            return {"contents": contents.tell(order["contents"])}
         if "digests" in order:
             return {"digests": {path: digest for path in order["digests"] if (digest := _digest(path)) is not None}}
         return {"manifest": list(rows(order["paths"]))}
@@ -132,9 +135,14 @@ def _size(kind: str, status: os.stat_result) -> int:
     return status.st_size if kind in ("file", "link") else -1
 
 
+def mark_of_file(status: os.stat_result) -> str:
+    """Another one whenever the file is written to."""
+    return f"{status.st_ino}.{status.st_ctime_ns}.{status.st_mtime_ns}"
+
+
 def _mark(path: str, kind: str, status: os.stat_result, salt: str) -> str:
     if kind == "file":
-        return f"{status.st_ino}.{status.st_ctime_ns}.{status.st_mtime_ns}{salt}"
+        return mark_of_file(status) + salt
     try:
         return os.readlink(path) if kind == "link" else str(status.st_rdev) if kind == "device" else ""
     except OSError:

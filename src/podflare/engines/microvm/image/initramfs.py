@@ -17,6 +17,7 @@ GUEST = "podflare"
 GUEST_TARGET = "/run/podflare"
 """Where it lies once the machine runs."""
 
+# userxattr: marks of deleted names and replaced directories as in the process engine, whose code reads them.
 # /dev/vda is the root file system of the image, read-only; /dev/vdb is the machine's own disk, where it has one.
 SCRIPT = """#!/bin/busybox sh
 die() {
@@ -44,7 +45,7 @@ else
   mount -t tmpfs -o mode=755 disk /disk || die "no memory for files"
 fi
 mkdir -p /disk/upper /disk/work
-mount -t overlay -o lowerdir=/lower,upperdir=/disk/upper,workdir=/disk/work root /new || die "no root"
+mount -t overlay -o userxattr,lowerdir=/lower,upperdir=/disk/upper,workdir=/disk/work root /new || die "no root"
 mount -t devtmpfs -o nosuid dev /new/dev || die "no /dev in the root"
 mount -t proc -o nosuid,nodev,noexec proc /new/proc || die "no /proc"
 mount -t sysfs -o nosuid,nodev,noexec sys /new/sys || die "no /sys"
