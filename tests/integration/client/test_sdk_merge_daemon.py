@@ -11,6 +11,9 @@ from daemons import ServedDaemon
 from podflare import AsyncSandbox, Conflict, ConflictInfo, MergeConflict, Sandbox, SandboxNotFound
 
 
+pytestmark = [pytest.mark.any_engine, pytest.mark.timeout(90)]
+
+
 @pytest.fixture
 def pair(sdk_daemon: ServedDaemon) -> Iterator[tuple[Sandbox, Sandbox]]:
     """Two forks of one sandbox with x = [1], and the file f."""

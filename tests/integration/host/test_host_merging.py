@@ -10,7 +10,7 @@ import pytest
 
 from hosting import Host, text
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.any_engine]
 
 
 async def merge(h: Host, sandbox: str, other: str, **body: Any) -> dict[str, Any]:

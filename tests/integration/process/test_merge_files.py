@@ -228,7 +228,7 @@ def test_only_named_paths_come(parent, fork):
     one, two = fork(parent, 2)
     sh(two, "mkdir -p /root/a/b; echo f > /root/a/b/f; echo g > /root/a/g; echo h > /root/h")
     assert merge(one, two, ("/root/a/b/f",)).merged == ["/root/a/b/f"]
-    assert sh(one, "cd /root; find . -type f") == "./a/b/f\n"
+    assert sh(one, "cd /root; find . -type f ! -name .bashrc") == "./a/b/f\n"
     assert merge(one, two).merged == ["/root/a/g", "/root/h"]
     sh(two, "rm -r /root/a")
     assert merge(one, two, ("/root/a/b/f",)).merged == ["/root/a/b/f"]
@@ -251,11 +251,11 @@ def test_what_was_not_kept_is_undone(parent, fork):
     one, two = fork(parent, 2)
     sh(
         two,
-        "cd /root; rm -r d; echo d > d; echo F > f; rm l; chmod 600 m; mkdir -p n/o; echo p > n/o/p; rm /etc/services",
+        "cd /root; rm -r d; echo d > d; echo F > f; rm l; chmod 600 m; mkdir -p n/o; echo p > n/o/p; rm /etc/passwd",
     )
     before = tree(one)
     merge(one, two, ("/root", "/etc"), keep=False)
-    assert tree(one) == before and sh(one, "ls -A / | grep podflare || true; wc -l < /etc/services") != "0\n"
+    assert tree(one) == before and sh(one, "ls -A / | grep podflare || true; wc -l < /etc/passwd") != "0\n"
     assert merge(one, two).applied and tree(one) == tree(two)
 
 
@@ -331,13 +331,12 @@ def test_running_code_in_the_way(parent, fork):
     one.run(f"import subprocess, sys; racer = subprocess.Popen([sys.executable, '-c', {RACER!r}])")
     outcomes = []
     ends = time.monotonic() + 1.5
-    while time.monotonic() < ends:
+    while time.monotonic() < ends or len(outcomes) <= 3:
         try:
             outcomes.append("conflict" if merge(one, two, keep=False).conflicts else "undone")
         except (Conflict, MachineFailed) as exc:
             outcomes.append("refused")
             assert isinstance(exc, Conflict) or "not all be undone" in str(exc)
     one.run("racer.kill(); racer.wait()")
-    assert len(outcomes) > 3
-    assert sh(one, "cd /root; rm -rf 3 d e; ls -A; ls /etc/d /etc/3 2>/dev/null || true") == ""
+    assert sh(one, "cd /root; rm -rf 3 d e .bashrc; ls -A; ls /etc/d /etc/3 2>/dev/null || true") == ""
     assert sh(two, "cd /root; cat 1 2 3 4 5 d/d") == "1\n2\n3\n4\n5\nd\n"
