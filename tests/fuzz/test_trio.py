@@ -1,4 +1,4 @@
-"""Fuzz harness for what is brought into a virtual machine so that a merge can be planned there: engines/microvm/trio.py.
+"""Fuzz harness for what is brought into a virtual machine for a merge to be planned there (engines/microvm/trio.py).
 
 Invariant: over any three trees, a plan that is made with the two layers and our own files is the same as one that is
 made with all of the three, and each decision leads to the same files.

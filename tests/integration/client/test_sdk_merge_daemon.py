@@ -10,7 +10,6 @@ import pytest
 from daemons import ServedDaemon
 from podflare import AsyncSandbox, Conflict, ConflictInfo, MergeConflict, Sandbox, SandboxNotFound
 
-
 pytestmark = [pytest.mark.any_engine, pytest.mark.timeout(90)]
 
 
@@ -76,7 +75,7 @@ def test_what_fails_changes_nothing(pair: tuple[Sandbox, Sandbox]) -> None:
     two.close()
     with pytest.raises(SandboxNotFound):
         one.merge(two)
-    assert out(one, "x, 'y' in globals(), __import__('os').listdir('/root')") == "2 False ['f']"
+    assert out(one, "x, 'y' in globals(), __import__('glob').glob('*')") == "2 False ['f']"
 
 
 @pytest.mark.anyio

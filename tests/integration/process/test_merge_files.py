@@ -1,4 +1,4 @@
-"""What the process engine makes of two machines' files when it merges them."""
+"""What engines make of two machines' files when they merge them."""
 
 from __future__ import annotations
 
@@ -7,56 +7,14 @@ import time
 
 import pytest
 
+from merges import merge, sh, tree
 from podflare.engines.process.layers import MAX_CHAIN
 from podflare.errors import Conflict, MachineFailed
 
 pytestmark = pytest.mark.any_engine
-PATHS = ("/root", "/tmp")
 
 
-class Merged:
-    """What one merge said."""
-
-    def __init__(self, plan, applied):
-        self.applied = applied
-        self.merged = list(plan.merged)
-        self.conflicts = {one.path: one for one in plan.conflicts}
-        self.skipped = list(plan.skipped)
-
-
-def merge(ours, theirs, paths=PATHS, *, decide="error", timeout_s=20, keep=True) -> Merged:
-    """Merge `theirs` into `ours`; with "error" only if there is no conflict."""
-
-    async def run():
-        merging = await ours.machine.merge_files(theirs.machine, paths, timeout_s=timeout_s)
-        try:
-            if merging.plan.conflicts and decide == "error":
-                return Merged(merging.plan, False)
-            decisions = {one.path: decide for one in merging.plan.conflicts}
-            await merging.apply(decisions, timeout_s=timeout_s)
-            if keep:
-                await merging.keep()
-            return Merged(merging.plan, keep)
-        finally:
-            await merging.aclose()
-
-    return ours.call(run)
-
-
-def sh(machine, code):
-    out = machine.run(code, "bash")
-    assert out.exit.code == 0, out.stderr
-    return out.stdout
-
-
-def tree(machine, path="/root"):
-    """Every path below, with kind, mode, target and content."""
-    return sh(
-        machine,
-        f"cd {path}; find . -printf '%P %y %m %l\\n' | sort; find . -type f -print0 | sort -z | xargs -0 -r head -c 2000",
-    )
-
-
+@pytest.mark.both_engines
 def test_each_kind_of_change_comes_over(parent, fork):
     """Files, directories, links, FIFOs, modes and deletions of one branch come to the other, to the parent as well."""
     sh(
@@ -157,6 +115,7 @@ def test_a_conflict_in_a_text_is_decided_for_its_lines_only(parent, fork):
     assert sh(one, "cat /root/f").split() == ["eins", "2", "3", "4", "fuenf", "6", "7", "8", "nine"]
 
 
+@pytest.mark.both_engines
 def test_merging_goes_on_from_the_latest_merge(parent, fork):
     """A second merge brings what came since, by lines too, in both directions, for forks of both as well."""
     sh(parent, "seq 1 20 > /root/list")

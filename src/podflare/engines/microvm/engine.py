@@ -9,6 +9,7 @@ import asyncio
 import functools
 import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -74,6 +75,7 @@ class MicrovmEngine:
         "processes cross": "threads, processes, sockets, terminals, timers",
         "generations": "without end",
         "diff": "all files below the paths are listed inside; what was written to since a fork is read",
+        "merge": "three-way: files, lines of texts, variables; what both were is read from the saved fork",
         "snapshot": "kept on disk, restored any number of times, by later daemons too; with no network",
         "network": "egress with rules, secrets and a log",
         "templates": "images built from the distribution's packages and wheels",
@@ -106,7 +108,7 @@ class MicrovmEngine:
         self._machine_key = ""
         self._cpus = 1
         self._machines: set[MicrovmMachine] = set()
-        self._past = Past(self._data / "machines")
+        self._past = Past(self._data / "machines", self._data / "roots")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._booting: set[asyncio.Task[Any]] = set()
         self._clocks: asyncio.Task[None] | None = None
@@ -205,6 +207,8 @@ class MicrovmEngine:
         nursery, _ = self._ready()
         kept = await asyncio.get_running_loop().run_in_executor(None, self._saved.get, name)
         origin = saved.origin_of(kept, self._machine_key)
+        root = await asyncio.get_running_loop().run_in_executor(None, self._past.hold_root, origin.root)
+        origin = replace(origin, root=root)
         moment = await self._past.hold_snapshot(name, origin)
         machine = self._take_in(await bear(nursery, kept.about.spec, origin, reseed=True, timeout_s=timeout_s))
         if moment is not None:
@@ -300,7 +304,7 @@ class MicrovmEngine:
         for folder in (data_dir / "machines", data_dir):
             if folder.is_dir():
                 for directory in folder.iterdir():
-                    if folder != data_dir or directory.name.startswith("boot-"):
+                    if folder != data_dir or directory.name.startswith(("boot-", "roots")):
                         remove_tree(directory)
 
 

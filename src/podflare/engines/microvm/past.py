@@ -22,9 +22,10 @@ from podflare.engines.microvm.origins import Origin
 class Past:
     """Of one engine."""
 
-    def __init__(self, folder: Path) -> None:
-        """Args: folder: of this daemon alone; it need not exist yet."""
+    def __init__(self, folder: Path, roots: Path) -> None:
+        """Args: folder, roots: of this daemon alone; they need not exist yet."""
         self.folders = CountedFolders(folder)
+        self._roots = roots
         self.kin = Kinship(self.folders)
         self._snapshots: dict[str, History] = {}
         self._removing: set[asyncio.Future[None]] = set()
@@ -77,6 +78,21 @@ class Past:
             return None
         return moment
 
+    def hold_root(self, root: Path) -> Path:
+        """Another name of a snapshot's root, for what goes on from it and its forks: the snapshot may be removed.
+
+        The same one if there can be no other.  Blocks.
+        """
+        try:
+            status = root.stat()
+            held = self._roots / f"{status.st_dev}-{status.st_ino}"
+            self._roots.mkdir(mode=0o700, exist_ok=True)
+            if not held.exists():
+                os.link(root, held)
+        except OSError:
+            return root
+        return held
+
     def _moment(self, machine: MicrovmMachine | None) -> History:
         layer = self.folders.new()
         self.folders.retain((layer,))
@@ -88,6 +104,7 @@ class Past:
             self.snapshot_removed(name)
         if self._removing:
             await asyncio.wait(self._removing)
+        await asyncio.get_running_loop().run_in_executor(None, remove_tree, self._roots)
 
 
 def _link_files(origin: Origin, folder: Path) -> None:
