@@ -123,16 +123,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Take out what --microvm leaves out, and forks that are carried, which only the process engine has."""
+    """Take out what is for another run, and forks that are carried, which only the process engine has."""
     out = []
     for item in items:
         on_microvm = item.get_closest_marker("microvm") is not None
         carried = getattr(item, "callspec", None) is not None and item.callspec.params.get("way") == "carried"  # type: ignore[attr-defined]  # of test functions
-        if (config.getoption("--microvm") and not on_microvm) or (on_microvm and carried):
+        all_on_it = bool(config.getoption("--microvm"))
+        left = on_microvm and item.get_closest_marker("any_engine") is not None and not all_on_it
+        if (all_on_it and not on_microvm) or (on_microvm and carried) or (left and not _on_both(item)):
             out.append(item)
     if out:
         config.hook.pytest_deselected(items=out)
         items[:] = [item for item in items if item not in set(out)]
+
+
+def _on_both(item: pytest.Item) -> bool:
+    return item.get_closest_marker("both_engines") is not None
 
 
 @pytest.fixture(scope="session")

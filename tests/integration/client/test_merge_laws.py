@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from daemons import ServedDaemon
 from podflare import MergeReport, Sandbox
 
-pytestmark = [pytest.mark.any_engine, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.any_engine, pytest.mark.timeout(900)]
 PATHS = ["a", "b", "d/x", "d/y", "e/z"]
 NAMES = ["p", "q", "r"]
 SETUP = """

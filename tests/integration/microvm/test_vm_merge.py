@@ -82,7 +82,7 @@ def test_nothing_runs_on_where_the_base_is_read(engine: MicrovmEngine, parent: D
     assert lists[0] != lists[1]  # in a fork it does run on
 
 
-@pytest.mark.parametrize("which", ["ours", "theirs"])
+@pytest.mark.parametrize("which", ["ours", pytest.param("theirs", marks=pytest.mark.any_engine)])
 def test_a_hypervisor_is_killed_amid_a_merge(parent: DrivenMachine, fork: Fork, which: str) -> None:
     """The merge fails at once, the other machine is as it was."""
     one, two = fork(parent, 2)
@@ -104,6 +104,7 @@ def test_a_hypervisor_is_killed_amid_a_merge(parent: DrivenMachine, fork: Fork, 
     assert sh(left, "ls -A / | grep podflare || true; ls /root") == ("f\n" if which == "ours" else "")
 
 
+@pytest.mark.any_engine
 def test_a_full_disk(parent: DrivenMachine, fork: Fork) -> None:
     """What does not fit is refused, with what to do; nothing of it is left, and with room it comes."""
     one, two = fork(parent, 2)
@@ -117,6 +118,7 @@ def test_a_full_disk(parent: DrivenMachine, fork: Fork) -> None:
     assert merge(one, two).merged == ["/root/a", "/root/b"]
 
 
+@pytest.mark.any_engine
 def test_a_merge_that_is_given_up_in_the_middle(parent: DrivenMachine, fork: Fork) -> None:
     """Whatever step its time ends at, nothing has changed and the next merge does all."""
     one, two = fork(parent, 2)
@@ -131,6 +133,7 @@ def test_a_merge_that_is_given_up_in_the_middle(parent: DrivenMachine, fork: For
     assert sh(one, "cat /root/* | md5sum") == sh(two, "cat /root/* | md5sum")
 
 
+@pytest.mark.any_engine
 def test_what_goes_on_from_a_snapshot(
     portal: BlockingPortal, data_dir: Path, image_store: ImageStore, engine: Engine, fork: Fork
 ) -> None:

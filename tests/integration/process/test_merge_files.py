@@ -115,7 +115,6 @@ def test_a_conflict_in_a_text_is_decided_for_its_lines_only(parent, fork):
     assert sh(one, "cat /root/f").split() == ["eins", "2", "3", "4", "fuenf", "6", "7", "8", "nine"]
 
 
-@pytest.mark.both_engines
 def test_merging_goes_on_from_the_latest_merge(parent, fork):
     """A second merge brings what came since, by lines too, in both directions, for forks of both as well."""
     sh(parent, "seq 1 20 > /root/list")
