@@ -87,8 +87,10 @@ def test_a_fork_has_all_that_runs(machine: DrivenMachine, fork: Callable[..., li
         assert one.machine.fork_report == {}
     for column in zip(*own, strict=True):
         assert len(set(column)) == len(family)
-    drawn = {one.run("print(random.random())").stdout for one in fork(machine, 2, reseed=False)}
-    assert len(drawn) == 1
+    machine.run("open('/etc/machine-id', 'a').write('more')")
+    look = "print(random.random(), len(open('/etc/machine-id').read()))"
+    [drawn] = {one.run(look).stdout for one in fork(machine, 2, reseed=False)}
+    assert drawn.split()[1] == "33"
     assert machine.machine.pause_s < 10  # type: ignore[attr-defined]  # of this engine
 
 
