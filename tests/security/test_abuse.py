@@ -142,7 +142,7 @@ async def _death(machine):
 @pytest.mark.any_engine
 def test_a_cell_that_breaks_its_interpreter(attacker, code, reason):
     """Whatever a cell does to its own interpreter, its call ends and the next cell runs."""
-    out = attacker.run(code)
+    out = attacker.run(code, timeout_s=110)  # a million frames take their time where instructions are translated
     if reason is not None:
         assert out.exit.reason == reason, out
     if out.exit.reason == DIED:

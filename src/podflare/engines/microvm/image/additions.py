@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import csv
+import hashlib
+import io
 import json
+import posixpath
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from podflare.engines.microvm.image.python import ImagePython
@@ -56,11 +61,29 @@ def wheels(
     for compiled in sorted(target.rglob("__pycache__")):
         shutil.rmtree(compiled)  # with times in them
     python.compile(target, scratch)
+    paths = [path for path in sorted(target.rglob("*")) if path.is_file()]
+    written = {str(path.relative_to(target)): python.for_the_image(path.read_bytes()) for path in paths}
+    for name in written:
+        if name.endswith(".dist-info/RECORD"):
+            written[name] = _checked_anew(written[name], written)
     return installed, [
-        Entry(str(path.relative_to(scratch)), python.for_the_image(path.read_bytes()), path.stat().st_mode & 0o755)
-        for path in sorted(target.rglob("*"))
-        if path.is_file()
+        Entry(str(path.relative_to(scratch)), written[str(path.relative_to(target))], path.stat().st_mode & 0o755)
+        for path in paths
     ]
+
+
+def _checked_anew(record: bytes, written: Mapping[str, bytes]) -> bytes:
+    """A wheel's RECORD with the checksums of what is in the image: its commands name another interpreter than here."""
+    rows = list(csv.reader(record.decode("utf-8", "surrogateescape").splitlines()))
+    for row in rows:
+        # Commands are told relative to where packages usually are.
+        content = written.get(posixpath.normpath(f"/{row[0]}").lstrip("/")) if row else None
+        if content is not None and len(row) == 3 and row[1]:
+            checksum = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=")
+            row[1:] = [f"sha256={checksum.decode()}", str(len(content))]
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode("utf-8", "surrogateescape")
 
 
 def files(definition: Definition) -> Iterator[Entry]:

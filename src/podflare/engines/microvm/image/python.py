@@ -21,6 +21,10 @@ EXECUTABLE = "/usr/bin/python3"
 """In the image."""
 _NEEDED = re.compile(r"libc6|zlib1g|libexpat1|(?:lib)?python3\.\d+(?:-minimal|-stdlib)?")
 """Packages that the interpreter needs to compile; with wheels to install it needs all."""
+_BY_SHELL = re.compile(
+    rb"\A#!/bin/sh\n'''exec' \"?" + re.escape(EXECUTABLE).encode() + rb"\"? \"\$0\" \"\$@\"\n' '''\n"
+)
+"""How pip begins a command whose interpreter has a path that is too long for a first line."""
 _LIBRARIES = ("lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu")
 _LOADER = "lib/x86_64-linux-gnu/ld-linux-x86-64.so.2"
 _UNPACK_TIMEOUT_S = 60.0
@@ -68,8 +72,8 @@ class ImagePython:
         Args: root: directory that is / in the image.
         Raises: TemplateFailed.
         """
-        # Neither times nor the order of sets may get in; and what this run itself imports must not leave its own.
-        command = [str(self._launcher), "-B", "-S", "-s", "-m", "compileall", "-q", "-q"]
+        # Neither times nor the order of sets may get in; what this run imports, or pip's did, must not leave its own.
+        command = [str(self._launcher), "-B", "-S", "-s", "-m", "compileall", "-f", "-q", "-q"]
         command += ["--invalidation-mode", "unchecked-hash", "-s", str(root), "-p", "/", str(files)]
         try:
             tools.run(command, timeout_s=_COMPILE_TIMEOUT_S, cwd=root, environment={"PYTHONHASHSEED": "0"})
@@ -104,4 +108,4 @@ class ImagePython:
         """`content` of a command, with the image's interpreter instead of this one."""
         for path in (self._launcher, self.folder / "usr/bin" / f"python{self.version}"):
             content = content.replace(str(path).encode(), EXECUTABLE.encode())
-        return content
+        return _BY_SHELL.sub(f"#!{EXECUTABLE}\n".encode(), content)
