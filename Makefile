@@ -3,6 +3,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
+# Tests start hundreds of processes; each would compile our modules anew.
+unexport PYTHONDONTWRITEBYTECODE
 PY := .venv/bin/python
 # As another user than the checkout's owner there is nowhere to keep pytest's cache.
 PYTEST := $(PY) -m pytest $(shell test -w . || echo -p no:cacheprovider)

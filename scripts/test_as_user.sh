@@ -21,5 +21,6 @@ if ! as_user "$venv/bin/python" -c pass; then
 fi
 git ls-files -z --cached --others --exclude-standard -- src tests scripts benchmarks pyproject.toml README.md docs examples | tar --null -T - -c | tar -x -C "$home"
 cd "$home"
+"$venv/bin/python" -m compileall -q src # which each of the many processes would do, for the user may not write there
 # The editable install names the checkout; the copy comes first on the path.
 as_user PYTHONPATH="$home/src" "$venv/bin/python" -m pytest -p no:cacheprovider -m "not soak" "$@"

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from anyio.from_thread import BlockingPortal, start_blocking_portal
+from hypothesis import HealthCheck, settings
 
 import daemons
 import firecrackers
@@ -90,7 +91,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Engines in tests, and daemons that tests start, take the VMM of --vmm."""
+    """Engines in tests, and daemons that tests start, take the VMM of --vmm; no example is too slow."""
+    # The computer is shared, and the first example of a checkout waits for tables that are made then.
+    settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("shared")
     vms.vmm = config.getoption("--vmm")
     vms.settings["PODFLARE_VMM"] = "firecracker" if vms.vmm == "firecracker" else "qemu"
     if vms.vmm == "tap":
