@@ -24,7 +24,10 @@ def measure(full: bool) -> list[Series]:
     rounds = 20 if full else 8
     with Daemon("--pool-size", "0") as daemon:
         series = _forks(daemon, rounds) + _turns(daemon, rounds)
-        series += [_merge(daemon, rounds, "", ""), _merge(daemon, min(rounds, 5), STATE, ", 100,000 lists in memory")]
+        series += [
+            merge_series(daemon, rounds),
+            merge_series(daemon, min(rounds, 5), STATE, ", 100,000 lists in memory"),
+        ]
         series += _large(daemon, 8 if full else 4) + _diff(daemon, 100_000 if full else 20_000)
     return [*series, Series(FLOOR, "ms", tuple(_plain_fork() for _ in range(rounds)))]
 
@@ -79,7 +82,7 @@ def _turns(daemon: Daemon, rounds: int) -> list[Series]:
     return [Series("merge_into", "ms", tuple(merges), "<= 5 ms")]
 
 
-def _merge(daemon: Daemon, rounds: int, state: str, what: str) -> Series:
+def merge_series(daemon: Daemon, rounds: int, state: str = "", what: str = "", engine: str = "") -> Series:
     """Two forks, one of which goes on to change files and variables, and the other to take the changes over."""
     values = []
     with daemon.sandbox() as parent:
@@ -93,7 +96,7 @@ def _merge(daemon: Daemon, rounds: int, state: str, what: str) -> Series:
                     f"v0, v1, v2, v3, v4 = [{number}], {number}, '{number}', ({number},), {{{number}}}"
                 )
                 values.append(timed_ms(lambda: one.merge(two)))
-    return Series(f"merge of 10 files and 5 variables{what}", "ms", tuple(values))
+    return Series(f"{engine}merge of 10 files and 5 variables{what}", "ms", tuple(values))
 
 
 def _large(daemon: Daemon, rounds: int) -> list[Series]:

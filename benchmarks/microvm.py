@@ -1,4 +1,4 @@
-"""The microvm engine: boot, create by restore, a hot cell, forks, the parent's pause, memory; creates from the pool.
+"""The microvm engine: boot, create by restore, hot cell, forks, parent's pause, memory; creates from the pool, merges.
 
 Measured below HTTP, which costs the same for every engine (create.py, hot_cell.py), but the last, which is a daemon's.
 Needs an image (`podflare image build`); how fast it is hangs on the accelerator, which the first series names.
@@ -19,6 +19,7 @@ import httpx
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from benchmarks.daemon import Daemon
+from benchmarks.fork import merge_series
 from benchmarks.series import Series
 from podflare import Client, Sandbox
 from podflare.engines.base import EngineOptions, Limits, MachineSpec
@@ -58,7 +59,7 @@ def measure(full: bool) -> list[Series]:
 
 
 def _from_pool(rounds: int) -> list[Series]:
-    """Creates at a daemon, one sandbox at a time, each when the pool is full."""
+    """Creates at a daemon, one sandbox at a time, each when the pool is full; and merges there."""
     created, first_output = [], []
     with Daemon("--engine", "microvm", "--image-dir", _images()) as daemon, Client(daemon.url) as client:
         for _ in range(rounds + 1):
@@ -71,10 +72,12 @@ def _from_pool(rounds: int) -> list[Series]:
                 sandbox.run_code("print(1 + 1)")
                 first_output.append((perf_counter() - started) * 1000)
                 created.append((there - started) * 1000)
+        merging = merge_series(daemon, rounds, engine="microvm: ")
     # The first one opens the connection.
     return [
         Series("microvm: create, pool hit", "ms", tuple(created[1:]), f"<= 10 ms {PENDING}"),
         Series("microvm: create to first output, pool hit", "ms", tuple(first_output[1:]), f"<= 10 ms {PENDING}"),
+        merging,
     ]
 
 

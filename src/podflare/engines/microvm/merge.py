@@ -12,7 +12,7 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 
 import anyio
@@ -27,7 +27,7 @@ from podflare.engines.microvm.machine import MicrovmMachine
 from podflare.engines.microvm.origins import Origin
 from podflare.engines.microvm.past import Past
 from podflare.engines.microvm.planned import read_plan
-from podflare.engines.microvm.shipping import Merger, Sized, pieces_kept, pieces_of
+from podflare.engines.microvm.shipping import Merger, Sized, ahead, pieces_kept, pieces_of
 from podflare.engines.microvm.trio import LayerRows, Trio, changed, overlaid, trio
 from podflare.errors import DeadlineExceeded, MachineFailed, PodflareError, TooLarge
 
@@ -156,12 +156,13 @@ class MicrovmFileMerge:
     async def _pass_on(
         self, layer: str, coming: AsyncIterator[list[Piece]], size: Sized, also_to: Coming | None = None
     ) -> None:
-        async for pieces in coming:
-            for piece in pieces:
-                size.take(piece)
-                if also_to is not None:
-                    await to_the_end(_in_thread(also_to.add, piece))
-            await self._merger.write(layer, pieces, timeout_s=STEP_TIMEOUT_S)
+        async with aclosing(ahead(coming)) as found:
+            async for pieces in found:
+                for piece in pieces:
+                    size.take(piece)
+                    if also_to is not None:
+                        await to_the_end(_in_thread(also_to.add, piece))
+                await self._merger.write(layer, pieces, timeout_s=STEP_TIMEOUT_S)
 
     async def _check_and_plan(self, made: Trio, paths: tuple[str, ...], ends_s: float) -> None:
         left_s = max(LEAST_S, ends_s - time.monotonic())

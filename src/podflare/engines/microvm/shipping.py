@@ -10,8 +10,10 @@ import asyncio
 import base64
 import binascii
 import json
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+import anyio
 
 from podflare.engines.linux.waiting import to_the_end
 from podflare.engines.microvm.came import Came, Piece
@@ -194,3 +196,16 @@ async def pieces_kept(came: Came, paths: Iterable[str]) -> AsyncIterator[list[Pi
 
 async def _next(pieces: Iterator[Piece]) -> Piece | None:
     return await asyncio.get_running_loop().run_in_executor(None, next, pieces, None)
+
+
+async def ahead(pieces: AsyncIterator[list[Piece]]) -> AsyncGenerator[list[Piece], None]:
+    """The same, each of which is fetched while the one before is dealt with."""
+    coming = asyncio.ensure_future(anext(pieces, None))
+    try:
+        while (found := await coming) is not None:
+            coming = asyncio.ensure_future(anext(pieces, None))
+            yield found
+    finally:
+        coming.cancel()
+        with anyio.CancelScope(shield=True):
+            await asyncio.wait([coming])

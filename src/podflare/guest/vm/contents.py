@@ -13,9 +13,9 @@ import os
 import stat
 from typing import Any, List, Optional, Sequence, Tuple
 
-MAX_BYTES = 512 * 1024
+MAX_BYTES = 768 * 1024
 """Of one answer."""
-_PIECE = 128 * 1024
+_PIECE = 256 * 1024
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 Told = List[Any]

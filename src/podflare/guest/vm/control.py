@@ -11,6 +11,9 @@ from typing import Any, Dict, List
 MAX_LINE_BYTES = 2 << 20
 """Of an order: a part of a merge brings contents of files along."""
 
+MERGE, END_OF_MERGE = b'{"merge": {', b'{"merge": {"end"'
+"""How the lines of orders of a merge begin."""
+
 
 class Lines:
     """Cuts a stream into lines."""
@@ -33,6 +36,11 @@ class Lines:
     def forget(self) -> None:
         """The peer is gone; half a line of its has no meaning."""
         self._rest = bytearray()
+
+
+def number_of(line: bytes) -> int:
+    """Of an order whose number comes last.  Raises: ValueError."""
+    return int(line.rpartition(b" ")[2].rstrip(b"}"))
 
 
 def encode(number: Any, body: Dict[str, Any]) -> bytes:

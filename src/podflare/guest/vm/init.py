@@ -115,6 +115,10 @@ class _Init:
         """Carry out one order; its answer, empty if that comes later."""
         number: Any = None
         try:
+            if line.startswith(control.MERGE):
+                number = control.number_of(line)
+                self._pass_on(number, line)
+                return b""
             order = json.loads(line)
             number = order["order"]
             if "mark" in order:
@@ -136,11 +140,6 @@ class _Init:
                 return control.encode(number, {"limited": True})
             if "usage" in order:
                 return control.encode(number, {"usage": groups.usage()})
-            if "merge" in order:
-                if self._merging is None:
-                    self._merging = merging.Job()
-                self._merging.tell(number, line, last="end" in order["merge"])
-                return b""
             if "freeze" in order:
                 groups.freeze()
                 return control.encode(number, {"frozen": True})
@@ -150,6 +149,12 @@ class _Init:
             raise ValueError("unknown order, or one that waits for another one's end")
         except (ValueError, TypeError, KeyError, OSError) as exc:
             return control.encode(number, {"failed": f"{type(exc).__name__}: {exc}"})
+
+    def _pass_on(self, number: int, line: bytes) -> None:
+        """Have an order of a merge carried out.  It may be long, and is not looked into here."""
+        if self._merging is None:
+            self._merging = merging.Job()
+        self._merging.tell(number, line, last=line.startswith(control.END_OF_MERGE))
 
     def _begin_anew(self, restored: Dict[str, Any]) -> None:
         """This machine goes on as a copy; what must differ between copies is made different."""
@@ -176,7 +181,7 @@ class _Init:
         if self._comparing is not None:
             result = self._comparing.result()
             if result is not None:
-                self._answers += control.encode(self._comparing.number, result)
+                self._answers += result
                 self._comparing = None
 
     def _pump_merge(self) -> None:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import stat
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
-from podflare.guest.vm import contents
+from podflare.guest.vm import contents, control
 from podflare.guest.vm.system import files_are_mapped
 
 MAX_ENTRIES = 200_000
@@ -54,13 +53,13 @@ class Job:
             try:
                 os.nice(5)  # cells go first
                 with os.fdopen(self._answer, "wb") as file:
-                    file.write(json.dumps(_work(order)).encode())
+                    file.write(control.encode(number, _work(order)))
             finally:
                 os._exit(0)
         os.close(writing)
 
-    def result(self) -> Optional[Dict[str, Any]]:
-        """The answer; None as long as it works."""
+    def result(self) -> Optional[bytes]:
+        """The line of the answer, as the child has made it; None as long as it works."""
         try:
             os.read(self.fd, 1)
         except BlockingIOError:
@@ -70,10 +69,10 @@ class Job:
             file.seek(0)
             data = file.read(MAX_BYTES + 1)
         if not data:
-            return {"failed": "the process that looked at the files died"}
+            return control.encode(self.number, {"failed": "the process that looked at the files died"})
         if len(data) > MAX_BYTES:
-            return {"too_much": f"an answer of more than {MAX_BYTES} bytes"}
-        return dict(json.loads(data))
+            return control.encode(self.number, {"too_much": f"an answer of more than {MAX_BYTES} bytes"})
+        return data
 
 
 def _work(order: Dict[str, Any]) -> Dict[str, Any]:
