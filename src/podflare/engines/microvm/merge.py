@@ -12,7 +12,7 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from dataclasses import replace
 
 import anyio
@@ -20,9 +20,9 @@ import anyio
 from podflare.engines.base import FilesPlan
 from podflare.engines.linux.waiting import to_the_end
 from podflare.engines.microvm.birth import Nursery, bear
+from podflare.engines.microvm.bygone import Bygone
 from podflare.engines.microvm.came import Came, Coming, Piece
-from podflare.engines.microvm.control import Control
-from podflare.engines.microvm.diff import MAX_ORDER_BYTES, Entry, list_files, outermost, same_content, unsure
+from podflare.engines.microvm.diff import MAX_ORDER_BYTES, list_files, outermost, same_content, unsure
 from podflare.engines.microvm.machine import MicrovmMachine
 from podflare.engines.microvm.origins import Origin
 from podflare.engines.microvm.past import Past
@@ -107,37 +107,41 @@ class MicrovmFileMerge:
                 stack.callback(came.close)
             coming = Coming(folder)
             stack.callback(coming.close)
+            async with aclosing(self._base(moments)) as base:
+                made = await self._ship(base, came, coming, wanted)
+            if made is not None:
+                await self._check_and_plan(made, wanted, ends_s)
+                await to_the_end(_in_thread(coming.finish, made.theirs, came))
+
+    def _base(self, moments: tuple[str, ...]) -> Bygone:
+        """What both were.  Args: moments: the name of what is kept of it; () for the template."""
+        spec = replace(self._theirs.spec, uplink=None)
+
+        async def wake() -> MicrovmMachine:
             if moments:
                 origin = Origin.within(self._past.folders.path(moments[0]), self._ours.root, self._ours.shape)
             else:
                 origin = await self._template()
-            async with self._awake(origin) as base:
-                top = await self._ship(base, came, coming, wanted)
-            await self._check_and_plan(top, paths, ends_s)
-            await to_the_end(_in_thread(coming.finish, top.theirs, came))
+            return await bear(self._nursery, spec, origin, reseed=False, timeout_s=STEP_TIMEOUT_S, still=True)
 
-    @asynccontextmanager
-    async def _awake(self, origin: Origin) -> AsyncIterator[Control]:
-        """What both were, for as long as it is looked at."""
-        spec = replace(self._theirs.spec, uplink=None)
-        machine = await bear(self._nursery, spec, origin, reseed=False, timeout_s=STEP_TIMEOUT_S, still=True)
-        try:
-            yield machine.control
-        finally:
-            await to_the_end(machine.aclose())
+        return Bygone("".join(moments) or str(self._ours.root), self._past.lists, wake)
 
-    async def _ship(self, base: Control, came: Came | None, coming: Coming, paths: list[str]) -> Trio:
-        """Bring into ours what it takes to plan there."""
-        controls = (base, self._ours.control, self._theirs.control)
-        old, mine, others = await asyncio.gather(*(list_files(one, paths, STEP_TIMEOUT_S) for one in controls))
-        was: dict[str, Entry] = old
-        if came is not None:
-            was = overlaid(old, came.rows, came.hides)
+    async def _ship(self, base: Bygone, came: Came | None, coming: Coming, paths: list[str]) -> Trio | None:
+        """Bring into ours what it takes to plan there; None if theirs has changed nothing."""
+        old, mine, others = await asyncio.gather(
+            base.rows(paths, timeout_s=STEP_TIMEOUT_S),
+            *(list_files(one.control, paths, STEP_TIMEOUT_S) for one in (self._ours, self._theirs)),
+        )
+        was = old if came is None else overlaid(old, came.rows, came.hides)
         found = await asyncio.get_running_loop().run_in_executor(None, changed, was, others)
         kept = frozenset(came.contents) if came is not None else frozenset()
         doubtful = [path for path in found[0] if path not in kept and path in was and unsure(was[path], others[path])]
-        same = await same_content(base, self._theirs.control, doubtful, STEP_TIMEOUT_S) if doubtful else frozenset()
+        same: frozenset[str] = frozenset()
+        if doubtful:
+            same = await same_content(await base.control(), self._theirs.control, doubtful, STEP_TIMEOUT_S)
         touched = ([path for path in found[0] if path not in same], found[1])
+        if not any(touched):
+            return None
         if len(touched[0]) + len(touched[1]) > MAX_TOUCHED:
             raise TooLarge(f"more than {MAX_TOUCHED} paths to merge; merge fewer directories (files)")
         made = await asyncio.get_running_loop().run_in_executor(None, trio, was, mine, others, touched)
@@ -148,7 +152,8 @@ class MicrovmFileMerge:
         await self._merger.put(THEIRS, made.theirs, timeout_s=STEP_TIMEOUT_S)
         if came is not None:
             await self._pass_on(BASE, pieces_kept(came, from_came), size)
-        await self._pass_on(BASE, pieces_of(base, from_base, timeout_s=STEP_TIMEOUT_S), size)
+        if from_base:
+            await self._pass_on(BASE, pieces_of(await base.control(), from_base, timeout_s=STEP_TIMEOUT_S), size)
         from_theirs = pieces_of(self._theirs.control, _files(made.theirs), timeout_s=STEP_TIMEOUT_S)
         await self._pass_on(THEIRS, from_theirs, size, coming)
         return made
@@ -164,9 +169,9 @@ class MicrovmFileMerge:
                         await to_the_end(_in_thread(also_to.add, piece))
                 await self._merger.write(layer, pieces, timeout_s=STEP_TIMEOUT_S)
 
-    async def _check_and_plan(self, made: Trio, paths: tuple[str, ...], ends_s: float) -> None:
+    async def _check_and_plan(self, made: Trio, paths: list[str], ends_s: float) -> None:
         left_s = max(LEAST_S, ends_s - time.monotonic())
-        order = {"plan": {"paths": outermost(paths), "timeout_s": left_s}}
+        order = {"plan": {"paths": paths, "timeout_s": left_s}}
         answer = await self._merger.ask(order, timeout_s=left_s)
         self.plan, self._touched = await asyncio.get_running_loop().run_in_executor(None, read_plan, answer.get("plan"))
         # Last: from here on it is the plan's own marks that changes of ours would show at.
@@ -174,6 +179,8 @@ class MicrovmFileMerge:
 
     async def apply(self, decisions: Mapping[str, str], *, timeout_s: float) -> None:
         self._check_alive()
+        if not self._merger.begun:
+            return
         known = {one.path: decisions[one.path] for one in self.plan.conflicts}
         await self._merger.decide(known, timeout_s=timeout_s)
         await self._merger.ask({"apply": {"timeout_s": timeout_s}}, timeout_s=timeout_s + END_TIMEOUT_S)

@@ -15,6 +15,7 @@ from pathlib import Path
 from podflare.engines.ancestry import History
 from podflare.engines.kinship import CountedFolders, Kinship
 from podflare.engines.linux.ending import remove_tree
+from podflare.engines.microvm.bygone import Lists
 from podflare.engines.microvm.machine import MicrovmMachine
 from podflare.engines.microvm.origins import Origin
 
@@ -25,6 +26,7 @@ class Past:
     def __init__(self, folder: Path, roots: Path) -> None:
         """Args: folder, roots: of this daemon alone; they need not exist yet."""
         self.folders = CountedFolders(folder)
+        self.lists = Lists()
         self._roots = roots
         self.kin = Kinship(self.folders)
         self._snapshots: dict[str, History] = {}
