@@ -143,10 +143,12 @@ class _Init:
             if "freeze" in order:
                 groups.freeze()
                 return control.encode(number, {"frozen": True})
-            if "manifest" in order and self._comparing is None:
+            if "manifest" in order:
+                if self._comparing is not None:
+                    self._comparing.give_up()  # who asked for that one waits no more, or would not ask again
                 self._comparing = manifest.Job(number, order["manifest"])
                 return b""
-            raise ValueError("unknown order, or one that waits for another one's end")
+            raise ValueError("unknown order")
         except (ValueError, TypeError, KeyError, OSError) as exc:
             return control.encode(number, {"failed": f"{type(exc).__name__}: {exc}"})
 

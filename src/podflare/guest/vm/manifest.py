@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import signal
 import stat
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
@@ -49,14 +50,24 @@ class Job:
         self._answer = os.memfd_create("files", os.MFD_CLOEXEC)
         self.fd, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         """Readable when the child has ended."""
-        if os.fork() == 0:
+        self._child = os.fork()
+        if self._child == 0:
             try:
                 os.nice(5)  # cells go first
                 with os.fdopen(self._answer, "wb") as file:
-                    file.write(control.encode(number, _work(order)))
+                    if "contents" in order:
+                        file.write(contents.line(number, order["contents"]))
+                    else:
+                        file.write(control.encode(number, _work(order)))
             finally:
                 os._exit(0)
         os.close(writing)
+
+    def give_up(self) -> None:
+        """Nobody waits for the answer any more.  Precondition: `result` has not given one, and its end is not reaped."""
+        os.kill(self._child, signal.SIGKILL)
+        os.close(self.fd)
+        os.close(self._answer)
 
     def result(self) -> Optional[bytes]:
         """The line of the answer, as the child has made it; None as long as it works."""
@@ -79,8 +90,6 @@ def _work(order: Dict[str, Any]) -> Dict[str, Any]:
     try:
         if "texts" in order:
             return {"texts": {path: text for path in order["texts"] if (text := _text(path)) is not None}}
-        if "contents" in order:
-            return {"contents": contents.tell(order["contents"])}
         if "digests" in order:
             return {"digests": {path: digest for path in order["digests"] if (digest := _digest(path)) is not None}}
         return {"manifest": list(rows(order["paths"]))}
