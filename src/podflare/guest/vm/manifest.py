@@ -64,7 +64,7 @@ class Job:
         os.close(writing)
 
     def give_up(self) -> None:
-        """Nobody waits for the answer any more.  Precondition: `result` has not given one, and its end is not reaped."""
+        """Nobody waits for the answer.  Precondition: `result` has given none, and the child is not reaped."""
         os.kill(self._child, signal.SIGKILL)
         os.close(self.fd)
         os.close(self._answer)
