@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 from guest_driver import is_alive, resident_kib, wait_until
@@ -123,8 +124,9 @@ def test_abuse_of_the_control_socket(guest, attack):
     guest.start(f"{CONTROL}\nimport struct, time\n{attack}\ntime.sleep(0.1)")
     cell = guest.finish(1)
     assert cell.exit.reason in (DIED, ENDED)
-    guest.run("pass")  # one that was deafened notices only here
-    assert guest.run("print('next')").out == "next\n"
+    # One that was deafened notices when it waits for a cell: sooner or later, and once.
+    ran = [guest.run("print('next')").out == "next\n" for _ in range(4)]
+    assert all(one or after for one, after in pairwise(ran)), ran
 
 
 def test_forged_end_of_a_cell(guest):
