@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from podflare.engines.microvm.came import Came, Coming, Piece
+from podflare.engines.microvm.control import Control
 from podflare.engines.microvm.diff import Entry
 from podflare.engines.microvm.planned import read_plan
-from podflare.engines.microvm.shipping import Sized, failure, read_contents
+from podflare.engines.microvm.shipping import Merger, Sized, failure, read_contents
 from podflare.errors import Conflict, MachineFailed, PodflareError, TooLarge
+from podflare.guest.vm.control import Lines, encode, number_of
 
+pytestmark = pytest.mark.anyio
 ASKED = [("/root/a", 0), ("/root/b", 10)]
 DATA = base64.b64encode(b"12345").decode()
 json_value = st.recursive(
@@ -105,6 +110,38 @@ def test_no_control_characters_from_a_machine() -> None:
     plan, _ = read_plan({**PLAN, "conflicts": [{**CONFLICT, "why": "a\x1b[2Jb\n"}]})
     assert plan.conflicts[0].why == "a?[2Jb?"
     assert str(failure({"kind": "changed", "error": "x\r\x07"})).isprintable()
+
+
+async def test_no_order_is_longer_than_a_machine_takes() -> None:
+    """Whatever the names and contents of files are, each line has less than the guest's cap, and all of it arrives."""
+    odd = "/root/" + "\udcff" * 4000
+    pieces = [Piece(f"{odd}{n}", 9, 0, ((0, b"x"),)) for n in range(200)]
+    pieces += [Piece(odd, 1 << 20, 0, ((0, bytes(768 << 10)),))] * 2
+    sent: list[dict[str, Any]] = []
+
+    def answer(guest: socket.socket) -> None:
+        lines = Lines()
+        while data := guest.recv(1 << 18):
+            for line in lines.feed(data):
+                sent.append(json.loads(line))
+                guest.sendall(encode(number_of(line), {}))
+
+    engine, guest = socket.socketpair()
+    engine.setblocking(False)
+    with guest:
+        thread = threading.Thread(target=answer, args=(guest,))
+        thread.start()
+        try:
+            merger = Merger(Control(engine))
+            await merger.write("theirs", pieces, timeout_s=30)
+            await merger.put("theirs", {piece.path: Entry("file", 0o644, 9, "m") for piece in pieces}, timeout_s=30)
+            await merger.check({piece.path: "m" for piece in pieces}, timeout_s=30)
+            await merger.decide({piece.path: "ours" for piece in pieces}, timeout_s=30)
+        finally:
+            engine.close()
+            thread.join()
+    written = [row[0] for order in sent for row in order["merge"].get("write", {}).get("pieces", ())]
+    assert len(sent) > 8 and written == [piece.path for piece in pieces]
 
 
 def test_more_than_there_is_room_for() -> None:

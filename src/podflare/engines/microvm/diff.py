@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 
@@ -159,16 +159,20 @@ async def _told(control: Control, what: str, paths: list[str], timeout_s: float)
     return {path: text for path in paths if isinstance(text := told.get(path), str) and len(text) <= TEXT_BYTES}
 
 
-def portions(paths: Iterable[str], cost: Callable[[str], int], most: int) -> Iterator[list[str]]:
+Item = TypeVar("Item")
+
+
+def portions(items: Iterable[Item], cost: Callable[[Item], int], most: int) -> Iterator[list[Item]]:
     """Some at a time, of which each costs at most so much together; one that costs more comes alone."""
-    some: list[str] = []
+    some: list[Item] = []
     total = 0
-    for path in paths:
-        if some and total + cost(path) > most:
+    for item in items:
+        costs = cost(item)
+        if some and total + costs > most:
             yield some
             some, total = [], 0
-        some.append(path)
-        total += cost(path)
+        some.append(item)
+        total += costs
     if some:
         yield some
 

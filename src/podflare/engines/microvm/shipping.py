@@ -25,6 +25,8 @@ from podflare.errors import Conflict, DeadlineExceeded, MachineFailed, PodflareE
 ORDER_BYTES = 1 << 20
 """Of one order with rows or contents; half of what the guest takes (guest/vm/control.py)."""
 MAX_EXTENTS = 10_000
+_BATCH_BYTES = 512 * 1024
+_NUMBERS_BYTES = 64
 _MAX_TIME_NS = 1 << 62
 _ROOM = "may write more than is free on its disk for a merge (rootfs_gb): it takes twice what comes over"
 
@@ -57,11 +59,11 @@ class Merger:
 
     async def write(self, layer: str, pieces: Sequence[Piece], *, timeout_s: float) -> None:
         """Contents of a layer's files."""
-        told = [
-            [one.path, one.size, one.mtime_ns, [[at, base64.b64encode(data).decode()] for at, data in one.extents]]
-            for one in pieces
-        ]
-        if told:
+        for some in portions(pieces, _cost, ORDER_BYTES):
+            told = [
+                [one.path, one.size, one.mtime_ns, [[at, base64.b64encode(data).decode()] for at, data in one.extents]]
+                for one in some
+            ]
             await self.ask({"write": {"layer": layer, "pieces": told}}, timeout_s=timeout_s)
 
     async def check(self, marks: Mapping[str, str], *, timeout_s: float) -> None:
@@ -95,6 +97,11 @@ def failure(problem: object) -> PodflareError:
     if kind == "time":
         return DeadlineExceeded(f"{text}; nothing has changed")
     return MachineFailed(text)
+
+
+def _cost(piece: Piece) -> int:
+    """Bytes of it in an order, about."""
+    return len(json.dumps(piece.path)) + sum(len(data) * 4 // 3 + _NUMBERS_BYTES for _, data in piece.extents)
 
 
 class Sized:
@@ -185,17 +192,28 @@ def _changed(path: str) -> Conflict:
     return Conflict(f"{path[:500]!r} was changed by running code while it was merged; nothing has changed, try again")
 
 
-async def pieces_kept(came: Came, paths: Iterable[str]) -> AsyncIterator[list[Piece]]:
+async def pieces_kept(came: Came, paths: Sequence[str]) -> AsyncIterator[list[Piece]]:
     """The same of what came over in an earlier merge.  Raises: OSError."""
-    for path in paths:
-        pieces = came.pieces(path)
-        # To the end: its descriptor is not closed under a thread that reads from it.
-        while (piece := await to_the_end(_next(pieces))) is not None:
-            yield [piece]
+    pieces = (piece for path in paths for piece in came.pieces(path))
+    # To the end: its descriptor is not closed under a thread that reads from it.
+    while found := await to_the_end(_some(pieces)):
+        yield found
 
 
-async def _next(pieces: Iterator[Piece]) -> Piece | None:
-    return await asyncio.get_running_loop().run_in_executor(None, next, pieces, None)
+async def _some(pieces: Iterator[Piece]) -> list[Piece]:
+    return await asyncio.get_running_loop().run_in_executor(None, _take, pieces)
+
+
+def _take(pieces: Iterator[Piece]) -> list[Piece]:
+    """So many as one order has, and none at the end."""
+    found: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        found.append(piece)
+        size += len(piece.path) + sum(len(data) for _, data in piece.extents) + _NUMBERS_BYTES
+        if size >= _BATCH_BYTES:
+            break
+    return found
 
 
 async def ahead(pieces: AsyncIterator[list[Piece]]) -> AsyncGenerator[list[Piece], None]:
