@@ -127,7 +127,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Take out what is for another run, and forks that are carried, which only the process engine has."""
+    """Take out what is for another run, and forks that are carried, which only the process engine has; put in order."""
     out = []
     for item in items:
         on_microvm = item.get_closest_marker("microvm") is not None
@@ -139,6 +139,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if out:
         config.hook.pytest_deselected(items=out)
         items[:] = [item for item in items if item not in set(out)]
+    # The longest begin while there is other work beside them, and make the image that others wait for.
+    items.sort(key=lambda item: item.path.name != "test_image.py")
 
 
 def _on_both(item: pytest.Item) -> bool:
