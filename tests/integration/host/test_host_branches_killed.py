@@ -88,7 +88,7 @@ def work(client: httpx.Client, seen: dict[str, set[str]]) -> None:
 
 
 @pytest.mark.timeout(110)
-@pytest.mark.parametrize("after_s", [0.05, 0.2, 0.33, 0.5, 0.81])
+@pytest.mark.parametrize("after_s", [0.05, 0.3, 0.8])
 def test_killed_at_any_moment(serve, data_dir, after_s):
     """Every id that was told is known to the next daemon with one cause; machines, layers and processes are gone."""
     one = serve()
