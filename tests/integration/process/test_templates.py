@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import os
+import select
 import shutil
 import signal
 import sys
@@ -380,6 +381,24 @@ def test_a_zygote_that_dies_with_an_order_in_hand(portal: BlockingPortal, root: 
             time.sleep(0.01)
         assert not Path(f"/proc/{pid}").exists()
         living.close()
+
+
+def test_a_zygote_that_dies_before_an_order(portal: BlockingPortal, root: Path) -> None:
+    """One whose end the daemon has not noticed yet: whoever orders is told the same."""
+    with started(portal, root) as engine:
+        create(portal, engine, "tiny").close()
+        warm = engine._zygotes._warm["tiny"].zygote
+        assert warm._process is not None and warm._control is not None
+        pid, control = warm._process.pid, warm._control
+
+        async def order_of_a_dead_one() -> None:
+            for one in (*children_of(pid), pid):
+                os.kill(one, signal.SIGKILL)
+            assert select.select([control], [], [], 20)[0]  # its end of the socket is closed
+            with pytest.raises(MachineFailed, match="the zygote died"):
+                await warm._order(control)
+
+        portal.call(order_of_a_dead_one)
 
 
 def test_words_that_nobody_reads_hold_no_sandbox_up(portal: BlockingPortal, root: Path) -> None:

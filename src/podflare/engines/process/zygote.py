@@ -136,7 +136,10 @@ class Zygote:
             with theirs:
                 # An order for 32 machines must fit into one packet.
                 ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 19)
-                socket.send_fds(control, [b"{}"], [theirs.fileno()])
+                try:
+                    socket.send_fds(control, [b"{}"], [theirs.fileno()])
+                except ConnectionError:  # it ended before the order
+                    raise await self._died() from None
             answer = await self._answer(ORDER_TIMEOUT_S, want_fd=True)
             if "error" in answer:
                 raise MachineFailed(f"a new sandbox could not be started: {answer['error']}")
@@ -153,12 +156,15 @@ class Zygote:
         except ConnectionResetError:  # it ended with the order unread
             data, received = b"", []
         if not data:
-            raise MachineFailed(f"the zygote died: {await self._last_words()}")
+            raise await self._died()
         answer: dict[str, Any] = json.loads(data)
         if want_fd and received:
             os.set_inheritable(received[0], False)
             answer["pidfd"] = received[0]
         return answer
+
+    async def _died(self) -> MachineFailed:
+        return MachineFailed(f"the zygote died: {await self._last_words()}")
 
     async def _last_words(self) -> str:
         process = self._process
