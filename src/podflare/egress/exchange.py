@@ -11,13 +11,12 @@ import anyio
 import h11
 from anyio.abc import ByteStream
 
+from podflare.egress.journal import printable
 from podflare.egress.streams import CHUNK, SILENCE_S, join
 
 MAX_HEAD_BYTES = 64 * 1024
 """Of a request's or an answer's line and headers."""
 KEEP_ALIVE_S = 120.0
-MAX_REASON_CHARS = 300
-"""Of an error's text in the status line of our answer, which is all that many programs show."""
 _DRAIN_S = 1.0
 _STREAM_ERRORS = (OSError, anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError)
 """How a stream fails; a TimeoutError is an OSError."""
@@ -30,12 +29,6 @@ class Denied(Exception):
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
         self.status = status
-
-
-def reason_phrase(text: str) -> bytes:
-    """`text`, in which the client may have put names of its choice, as the end of one status line."""
-    told = "".join(char if " " <= char <= "~" else "?" for char in text[:MAX_REASON_CHARS])
-    return f"podflare egress: {told}".encode("ascii")
 
 
 class Course(Protocol):
@@ -88,8 +81,9 @@ class Exchange:
         body = text.encode("ascii", "replace") + b"\n"
         headers = [("Content-Type", "text/plain"), ("Content-Length", str(len(body))), ("Connection", "close")]
         try:
-            answer = h11.Response(status_code=status, headers=headers, reason=reason_phrase(text))
-            data = self._down.send(answer) or b""
+            # In the status line too, which is all that many programs show.
+            reason = f"podflare egress: {printable(text)}".encode("ascii")
+            data = self._down.send(h11.Response(status_code=status, headers=headers, reason=reason)) or b""
             data += self._down.send(h11.Data(data=body)) or b""
             data += self._down.send(h11.EndOfMessage()) or b""
             await self._client.send(data)
