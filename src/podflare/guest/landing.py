@@ -12,13 +12,11 @@ from typing import NoReturn
 
 from podflare.guest import uplink
 
-DEVICE = "/dev/net/tun"
-
 
 def main(fd: int) -> NoReturn:
     """Raises: OSError with what could not be made; SystemExit."""
     with socket.socket(fileno=fd) as control:
-        tun = uplink.open_tun(DEVICE)
+        tun = uplink.open_tun(uplink.DEVICE)
         uplink.bring_up()
         socket.send_fds(control, [b"."], [tun, uplink.listen()])
     raise SystemExit(0)

@@ -15,7 +15,6 @@ from typing import NoReturn
 
 from podflare.guest import uplink
 
-DEVICE = "/dev/net/tun"
 _BUFFER_BYTES = 4 << 20
 """Of frames that the gate has not read yet."""
 # linux/if_tun.h, linux/if_ether.h, asm/socket.h
@@ -37,7 +36,7 @@ def main(fd: int, name: str, owner: int) -> NoReturn:
 
 def _make(name: str, owner: int) -> None:
     """It stays when it is closed, until its namespace goes: one process at a time may have it open."""
-    fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    fd = os.open(uplink.DEVICE, os.O_RDWR | os.O_CLOEXEC)
     try:
         flags = struct.pack("H", _IFF_TAP | uplink.IFF_NO_PI | _IFF_VNET_HDR)
         fcntl.ioctl(fd, uplink.TUNSETIFF, uplink.request(name, flags))

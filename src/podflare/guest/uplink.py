@@ -18,6 +18,8 @@ from podflare.wire import uplink as link
 
 _BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem")
 """Where distributions keep the certificates that they trust."""
+DEVICE = "/dev/net/tun"
+"""Of a computer; a machine of the process engine may have it elsewhere."""
 
 # linux/if_tun.h, linux/sockios.h, net/if.h
 TUNSETIFF = 0x400454CA

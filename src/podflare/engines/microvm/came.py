@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
@@ -104,7 +104,7 @@ class Coming:
                         self.add(piece)
             rows |= older
         body = {
-            "rows": [(path, None if row is None else astuple(row)) for path, row in _sorted(rows)],
+            "rows": [(path, None if row is None else astuple(row)) for path, row in sorted(rows.items())],
             "hides": sorted(hides),
             "contents": {path: astuple(self._contents[path]) for path in self._contents if path in rows},
         }
@@ -114,7 +114,3 @@ class Coming:
         fd, self._data = self._data, -1
         if fd >= 0:
             os.close(fd)
-
-
-def _sorted(rows: Mapping[str, Entry | None]) -> Iterable[tuple[str, Entry | None]]:
-    return sorted(rows.items())

@@ -24,6 +24,7 @@ from podflare.engines.microvm.machine import MicrovmMachine
 from podflare.engines.microvm.origins import check_same_image
 from podflare.errors import DeadlineExceeded, MachineFailed, TooLarge
 from podflare.wire.api import Diff, PathChange
+from podflare.wire.paths import outermost
 
 KINDS = ("file", "directory", "link", "fifo", "socket", "device")
 MAX_ENTRIES = 200_000
@@ -130,15 +131,6 @@ def read_row(row: object) -> tuple[str, Entry]:
         ):
             return path, Entry(kind, mode, size, mark)
     raise MachineFailed(f"a virtual machine told of a file what cannot be: {row!r:.200}")
-
-
-def outermost(paths: tuple[str, ...]) -> list[str]:
-    """Without those that lie below others."""
-    found: list[str] = []
-    for path in sorted(set(paths)):
-        if not any(path == known or path.startswith(known.rstrip("/") + "/") for known in found):
-            found.append(path)
-    return found
 
 
 async def same_content(before: Control, after: Control, paths: list[str], timeout_s: float) -> frozenset[str]:

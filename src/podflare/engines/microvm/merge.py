@@ -22,7 +22,7 @@ from podflare.engines.linux.waiting import to_the_end
 from podflare.engines.microvm.birth import Nursery, bear
 from podflare.engines.microvm.bygone import Bygone
 from podflare.engines.microvm.came import Came, Coming, Piece
-from podflare.engines.microvm.diff import MAX_ORDER_BYTES, list_files, outermost, same_content, unsure
+from podflare.engines.microvm.diff import MAX_ORDER_BYTES, list_files, same_content, unsure
 from podflare.engines.microvm.machine import MicrovmMachine
 from podflare.engines.microvm.origins import Origin
 from podflare.engines.microvm.past import Past
@@ -30,6 +30,7 @@ from podflare.engines.microvm.planned import read_plan
 from podflare.engines.microvm.shipping import Merger, Sized, ahead, pieces_kept, pieces_of
 from podflare.engines.microvm.trio import LayerRows, Trio, changed, overlaid, trio
 from podflare.errors import DeadlineExceeded, MachineFailed, PodflareError, TooLarge
+from podflare.wire.paths import outermost
 
 END_TIMEOUT_S = 60.0
 """For a merge that is given up, to undo what it did."""

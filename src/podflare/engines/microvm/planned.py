@@ -21,6 +21,11 @@ class _Unreadable(Exception):
     pass
 
 
+def printable(text: str, most: int) -> str:
+    """`text` with everything but printable characters replaced, and cut."""
+    return "".join(sign if sign.isprintable() else "?" for sign in text[:most])
+
+
 def read_plan(told: object) -> tuple[FilesPlan, int]:
     """The plan, and how many places it is about.  Raises: MachineFailed for anything else."""
     try:
@@ -43,10 +48,9 @@ def _conflict(told: object) -> FileConflict:
     why, version = body.get("why"), body.get("version")
     if not isinstance(why, str) or not isinstance(version, str) or len(version) > MAX_VERSION_CHARS:
         raise _Unreadable
-    shown = "".join(sign if sign.isprintable() else "?" for sign in why[:MAX_WHY_CHARS])
     return FileConflict(
         _path(body.get("name")),
-        shown,
+        printable(why, MAX_WHY_CHARS),
         _side(body.get("ours")),
         _side(body.get("theirs")),
         version,

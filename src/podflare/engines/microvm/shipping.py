@@ -15,16 +15,19 @@ from typing import Any
 
 import anyio
 
+from podflare.engines import merging
 from podflare.engines.linux.waiting import to_the_end
 from podflare.engines.microvm.came import Came, Piece
 from podflare.engines.microvm.control import Control
 from podflare.engines.microvm.diff import MAX_ORDER_BYTES, MAX_SIZE, portions
+from podflare.engines.microvm.planned import printable
 from podflare.engines.microvm.trio import LayerRows
-from podflare.errors import Conflict, DeadlineExceeded, MachineFailed, PodflareError, TooLarge
+from podflare.errors import Conflict, MachineFailed, PodflareError, TooLarge
 
 ORDER_BYTES = 1 << 20
 """Of one order with rows or contents; half of what the guest takes (guest/vm/control.py)."""
 MAX_EXTENTS = 10_000
+MAX_ERROR_CHARS = 500
 _BATCH_BYTES = 512 * 1024
 _NUMBERS_BYTES = 64
 _MAX_TIME_NS = 1 << 62
@@ -88,15 +91,7 @@ def failure(problem: object) -> PodflareError:
     kind = told.get("kind")
     if kind == "full":
         return TooLarge(f"the sandbox {_ROOM}")
-    why = "".join(sign if sign.isprintable() else "?" for sign in str(told.get("error"))[:500])
-    text = f"the sandboxes' files could not be merged: {why}"
-    if kind == "changed":
-        return Conflict(f"{text}; nothing has changed, try again")
-    if kind == "too_much":
-        return TooLarge(text)
-    if kind == "time":
-        return DeadlineExceeded(f"{text}; nothing has changed")
-    return MachineFailed(text)
+    return merging.failure(printable(str(told.get("error")), MAX_ERROR_CHARS), kind)
 
 
 def _cost(piece: Piece) -> int:

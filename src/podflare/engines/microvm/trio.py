@@ -12,12 +12,11 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from podflare.engines.microvm.diff import Entry, alike
+from podflare.wire.paths import IDENTITY
 
 Rows = Mapping[str, Entry]
 LayerRows = Mapping[str, Entry | None]
 """None hides what is below.  A directory's row comes before those of what is in it."""
-IDENTITY = frozenset(["/etc/machine-id"])
-"""Files that tell one machine from another: never merged."""
 
 
 @dataclass(frozen=True)

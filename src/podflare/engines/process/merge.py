@@ -19,11 +19,12 @@ import anyio
 from podflare.engines.base import FileConflict, FilesPlan
 from podflare.engines.kinship import Kinship
 from podflare.engines.linux.waiting import wait_readable
+from podflare.engines.merging import failure
 from podflare.engines.process.birth import Nursery, make_directory
 from podflare.engines.process.layers import Layers
 from podflare.engines.process.machine import ProcessMachine
 from podflare.engines.process.written import TooDeep, measure
-from podflare.errors import Conflict, DeadlineExceeded, MachineFailed, PodflareError, TooLarge
+from podflare.errors import Conflict, MachineFailed, PodflareError, TooLarge
 from podflare.wire.merges import MergeSide
 
 MAX_ORDER_BYTES = 128 * 1024
@@ -172,7 +173,7 @@ class ProcessFileMerge:
             raise MachineFailed(f"machine {gone[0]} is gone" if gone else "the process that merges files died")
         answer: dict[str, Any] = json.loads(data)
         if answer["error"]:
-            raise _failure(str(answer["error"]), str(answer["kind"]))
+            raise failure(str(answer["error"]), str(answer["kind"]))
         return fds[0] if fds else None
 
     async def aclose(self) -> None:
@@ -200,17 +201,6 @@ async def _hang_up(sock: socket.socket) -> None:
         return  # it hangs in the kernel
     finally:
         sock.close()
-
-
-def _failure(text: str, kind: str) -> PodflareError:
-    told = f"the sandboxes' files could not be merged: {text}"
-    if kind == "changed":
-        return Conflict(f"{told}; nothing has changed, try again")
-    if kind == "too_much":
-        return TooLarge(told)
-    if kind == "time":
-        return DeadlineExceeded(f"{told}; nothing has changed")
-    return MachineFailed(told)
 
 
 def _used(directory: Path, max_files: int) -> int:

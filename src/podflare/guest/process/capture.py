@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 from podflare.guest.descriptors import read_link
+from podflare.guest.holes import parts_with_data
 from podflare.guest.process.room import Room
 
 MAX_DEPTH = 256
@@ -231,20 +232,6 @@ def _copy_content(source: int, target: int, size: int, room: Room) -> None:
                 return  # made shorter meanwhile
             room.take_bytes(count)
             start += count
-
-
-def parts_with_data(fd: int, size: int) -> Iterator[Tuple[int, int]]:
-    """(start, end) of what is no hole in the first `size` bytes of a file (lseek(2))."""
-    offset = 0
-    while offset < size:
-        try:
-            start = os.lseek(fd, offset, os.SEEK_DATA)
-        except OSError as exc:
-            if exc.errno == errno.ENXIO:
-                return  # a hole up to the end
-            raise
-        offset = min(os.lseek(fd, start, os.SEEK_HOLE), size)
-        yield start, offset
 
 
 def _copy_attributes(source: int, target: int, status: os.stat_result) -> None:

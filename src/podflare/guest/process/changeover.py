@@ -19,7 +19,7 @@ from podflare.guest.descriptors import read_link
 from podflare.guest.process.mergebase import Places
 from podflare.guest.process.room import Room
 from podflare.guest.process.threeway import Action, Mark, mark_of_status
-from podflare.guest.process.transplant import DIRECTORY, Changed, found, remove, transplant, write_file
+from podflare.guest.process.transplant import DIRECTORY, Changed, found, open_folder, remove, transplant, write_file
 
 _STRANGE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EEXIST, errno.ENOTEMPTY, errno.EXDEV, errno.ENXIO)
 """What a name says that is not what it was when the plan was made."""
@@ -158,24 +158,11 @@ class Changeover:
 
     def _open(self, parts: Sequence[str], *, make: bool = False) -> int:
         """A directory, by a path without links."""
-        folder = os.open(".", DIRECTORY, dir_fd=self._root)
-        try:
-            for depth, part in enumerate(parts):
-                try:
-                    inner = os.open(part, DIRECTORY, dir_fd=folder)
-                except FileNotFoundError:
-                    if not make:
-                        raise
-                    os.mkdir(part, 0o755, dir_fd=folder)
-                    path = "/".join(parts[: depth + 1])
-                    self._undo.append(partial(self._unmake, path))
-                    inner = os.open(part, DIRECTORY, dir_fd=folder)
-                os.close(folder)
-                folder = inner
-        except BaseException:
-            os.close(folder)
-            raise
-        return folder
+        return open_folder(self._root, parts, make=self._make_folder if make else None)
+
+    def _make_folder(self, folder: int, parts: Sequence[str]) -> None:
+        os.mkdir(parts[-1], 0o755, dir_fd=folder)
+        self._undo.append(partial(self._unmake, "/".join(parts)))
 
     def undo(self) -> List[str]:
         """Take back what was done, the latest first.  Returns what could not be, in words.

@@ -16,6 +16,8 @@ import stat
 from typing import Callable, Dict, FrozenSet, Iterator, List, Optional, Sequence, Tuple
 
 from podflare.guest.descriptors import read_link
+from podflare.guest.holes import next_data
+from podflare.wire.paths import is_inside, outermost
 from podflare.wire.plan import StagePlan
 
 MAX_DEPTH = 256
@@ -278,7 +280,7 @@ def _same_bytes(before: Entry, after: Entry) -> bool:
             offset, size = 0, before.status.st_size
             while offset < size:
                 # What is a hole in both is not read: a terabyte of them takes nothing to make.
-                offset = min(_next_data(one, offset, size), _next_data(two, offset, size))
+                offset = min(next_data(one, offset, size), next_data(two, offset, size))
                 piece = os.pread(one, _CHUNK, offset)
                 if piece != os.pread(two, _CHUNK, offset):
                     return False
@@ -292,38 +294,16 @@ def _same_bytes(before: Entry, after: Entry) -> bool:
         os.close(one)
 
 
-def _next_data(fd: int, offset: int, size: int) -> int:
-    """Where the next bytes that are no hole begin; `size` if there are none (lseek(2))."""
-    try:
-        return os.lseek(fd, offset, os.SEEK_DATA)
-    except OSError as exc:
-        if exc.errno == errno.ENXIO:
-            return size
-        raise
-
-
 def overlays_of(stage: StagePlan, paths: Sequence[str]) -> Iterator[Tuple[str, str, str, str]]:
     """(overlay, its template directory, its mount point, path) for each part of `paths` that a machine can write to."""
     mounts = [("root", "/skel", "/", True)]
     mounts += [(f"tree{n}", f"/lower/{n}", tree.target, tree.writable) for n, tree in enumerate(stage.trees)]
-    for path in _outermost(paths):
-        holder = max((mount for mount in mounts if _inside(path, mount[2])), key=lambda mount: len(mount[2]))
+    for path in outermost(paths):
+        holder = max((mount for mount in mounts if is_inside(path, mount[2])), key=lambda mount: len(mount[2]))
         for name, lower, mounted, writable in mounts:
             if not writable:
                 continue
             if mounted == holder[2]:
                 yield name, lower, mounted, path
-            elif _inside(mounted, path):
+            elif is_inside(mounted, path):
                 yield name, lower, mounted, mounted
-
-
-def _inside(path: str, parent: str) -> bool:
-    return path == parent or path.startswith(parent.rstrip("/") + "/")
-
-
-def _outermost(paths: Sequence[str]) -> List[str]:
-    found: List[str] = []
-    for path in sorted(set(paths)):
-        if not any(_inside(path, known) for known in found):
-            found.append(path)
-    return found

@@ -28,13 +28,12 @@ from podflare.guest.process.compare import (
     touched,
 )
 from podflare.guest.process.linemerge import MAX_FILE_BYTES, lines_of, merge_lines
+from podflare.wire.paths import IDENTITY
 
 MAX_TEXT_BYTES = 256 * 1024 * 1024
 """Of all merged texts of one plan, which are held in memory."""
 _LOOKS = 8
 """How often a path of a plan may be looked at."""
-IDENTITY = frozenset(["/etc/machine-id"])
-"""Files that tell one machine from another: never merged."""
 UNMERGEABLE = ("socket", "device")
 
 Mark = Optional[Tuple[object, ...]]

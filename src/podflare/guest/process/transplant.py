@@ -10,9 +10,9 @@ import errno
 import os
 import stat
 from contextlib import contextmanager
-from typing import Iterator, List, Optional, Sequence
+from typing import Callable, Iterator, List, Optional, Sequence
 
-from podflare.guest.process.capture import parts_with_data
+from podflare.guest.holes import parts_with_data
 from podflare.guest.process.compare import MAX_DEPTH, Entry, Layer, resolve
 from podflare.guest.process.room import Room
 from podflare.guest.process.threeway import UNMERGEABLE, mark_of_status, names_of
@@ -135,6 +135,30 @@ def empty(path: str) -> None:
             remove(folder, name)
     finally:
         os.close(folder)
+
+
+def open_folder(top: int, parts: Sequence[str], *, make: Optional[Callable[[int, Sequence[str]], None]] = None) -> int:
+    """The directory below `top` that these names lead to, through no link.  The caller closes it.
+
+    Args: make: makes one that is not there, in the directory given first; the names up to and with it.
+    Raises: OSError.
+    """
+    folder = os.open(".", DIRECTORY, dir_fd=top)
+    try:
+        for depth, part in enumerate(parts):
+            try:
+                inner = os.open(part, DIRECTORY, dir_fd=folder)
+            except FileNotFoundError:
+                if make is None:
+                    raise
+                make(folder, parts[: depth + 1])
+                inner = os.open(part, DIRECTORY, dir_fd=folder)
+            os.close(folder)
+            folder = inner
+    except BaseException:
+        os.close(folder)
+        raise
+    return folder
 
 
 def remove(parent: int, name: str) -> None:

@@ -14,6 +14,8 @@ import os
 import stat
 from typing import List, Optional, Sequence, Tuple
 
+from podflare.guest.holes import parts_with_data
+
 MAX_BYTES = 768 * 1024
 """Of one answer."""
 _PIECE = 256 * 1024
@@ -53,37 +55,21 @@ def _piece(path: str, offset: int, most: int) -> Tuple[bytes, int]:
             raise OSError(errno.ENXIO, "no file any more")
         extents: List[Tuple[int, bytes]] = []
         size = 0
-        at: Optional[int] = offset
-        while at is not None and size < most:
-            at = _next_data(fd, at, before.st_size)
-            if at is not None:
-                data = os.pread(fd, min(_PIECE, most - size, _end_of_data(fd, at) - at), at)
+        following: Optional[int] = None
+        for start, end in parts_with_data(fd, before.st_size, offset):
+            while start < end and size < most:
+                data = os.pread(fd, min(_PIECE, most - size, end - start), start)
                 if not data:
                     break  # made shorter: found below
-                extents.append((at, base64.b64encode(data)))
+                extents.append((start, base64.b64encode(data)))
                 size += len(data)
-                at += len(data)
-        if at is not None:
-            at = _next_data(fd, at, before.st_size)
+                start += len(data)
+            if start < end:
+                following = start
+                break
         after = os.fstat(fd)
         if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
             raise OSError(errno.ESTALE, "written to")
-        return _row(path, before.st_size, before.st_mtime_ns, extents, at), size
+        return _row(path, before.st_size, before.st_mtime_ns, extents, following), size
     finally:
         os.close(fd)
-
-
-def _next_data(fd: int, offset: int, size: int) -> Optional[int]:
-    """Where the next bytes that are no hole begin; None if there are none (lseek(2))."""
-    if offset >= size:
-        return None
-    try:
-        return os.lseek(fd, offset, os.SEEK_DATA)
-    except OSError as exc:
-        if exc.errno == errno.ENXIO:
-            return None
-        raise
-
-
-def _end_of_data(fd: int, offset: int) -> int:
-    return os.lseek(fd, offset, os.SEEK_HOLE)

@@ -14,7 +14,7 @@ import stat
 from typing import Any, List, Sequence, Tuple
 
 from podflare.guest import syscalls as sc
-from podflare.guest.process.transplant import DIRECTORY, Changed, remove
+from podflare.guest.process.transplant import DIRECTORY, Changed, open_folder, remove
 from podflare.guest.vm.manifest import mark_of_file
 from podflare.guest.vm.system import EMPTY
 
@@ -91,7 +91,7 @@ class Staging:
         """Raises: Changed if one of the machine's files is not what it was when it was listed (manifest.py)."""
         for path, mark in marks:
             try:
-                folder = self._walk(self._files, _parts(path)[:-1])
+                folder = open_folder(self._files, _parts(path)[:-1])
                 try:
                     status = os.stat(_parts(path)[-1], dir_fd=folder, follow_symlinks=False)
                 finally:
@@ -114,26 +114,11 @@ class Staging:
     def _folder(self, layer: str, path: str) -> Tuple[int, str]:
         """The directory that a path is in, and the name there."""
         parts = _parts(path)
-        return self._walk(self._tops[layer], parts[:-1], make=True), parts[-1]
+        return open_folder(self._tops[layer], parts[:-1], make=_make_folder), parts[-1]
 
-    @staticmethod
-    def _walk(top: int, parts: Sequence[str], *, make: bool = False) -> int:
-        folder = os.open(".", DIRECTORY, dir_fd=top)
-        try:
-            for part in parts:
-                try:
-                    inner = os.open(part, DIRECTORY, dir_fd=folder)
-                except FileNotFoundError:
-                    if not make:
-                        raise
-                    os.mkdir(part, 0o755, dir_fd=folder)
-                    inner = os.open(part, DIRECTORY, dir_fd=folder)
-                os.close(folder)
-                folder = inner
-        except BaseException:
-            os.close(folder)
-            raise
-        return folder
+
+def _make_folder(folder: int, parts: Sequence[str]) -> None:
+    os.mkdir(parts[-1], 0o755, dir_fd=folder)
 
 
 def _make(folder: int, name: str, kind: str, mode: int, target: Any) -> None:
